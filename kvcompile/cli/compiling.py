@@ -1,0 +1,172 @@
+"""What `kvcompile compile` does once its options are read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcompile.cli.options import Show
+from kvcompile.cli.output import Output
+from kvcompile.ir.errors import KvcompileError
+from kvcompile.ir.spec import Spec
+from kvcompile.report import Table, plan_dict, plan_remarks, plan_tables, plan_text, write_report
+
+if TYPE_CHECKING:
+    from kvcompile.ir.plan import Plan
+    from kvcompile.runtime.model import CompiledModel, Generation
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compile as it was asked for.  prompts: texts to continue when it is done."""
+
+    spec: Spec
+    contexts: tuple[int, ...]
+    show: Show | None = None
+    dump: Path | None = None
+    stop_after: str | None = None
+    prompts: tuple[str, ...] = ()
+    chat: bool = False
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the model must be loaded: a plan and a graph are known without."""
+        return bool(self.prompts) or self.show in (None, Show.TIMING) or self.spec.output.directory is not None
+
+
+def run_job(job: Job, output: Output) -> None:
+    """Compiles, shows, writes and generates as the job says."""
+    if job.show is Show.SOURCE:
+        raise KvcompileError.at("--show source", "this release runs no generated kernels.", "Write --show plan, graph or timing.")
+    if job.stop_after is not None or job.show is Show.GRAPH:
+        _run_passes(job, output)
+    elif job.needs_weights:
+        _compile(job, output)
+    else:
+        show_plan(job.spec, job.contexts, output)
+
+
+def show_plan(spec: Spec, contexts: tuple[int, ...], output: Output) -> None:
+    """The plan; no weights are loaded."""
+    from kvcompile.compiler import make_plan
+
+    plan = make_plan(spec, progress=output.progress)
+    _print_plan(plan, contexts, output)
+    output.finish({"spec": spec.source, "plan": plan_dict(plan, contexts)})
+
+
+def _run_passes(job: Job, output: Output) -> None:
+    if job.prompts:
+        option = "--stop-after" if job.stop_after is not None else "--show graph"
+        raise KvcompileError.at(option, "nothing is generated: the compile ends before there is a model.", "Take the prompt out.")
+    from kvcompile.compiler import run_passes
+
+    result = run_passes(job.spec, stop_after=job.stop_after, dump=job.dump, progress=output.progress)
+    if job.show is Show.PLAN and result.plan is not None:
+        _print_plan(result.plan, job.contexts, output)
+    elif job.show is Show.TIMING:
+        output.table(_timing_table(result.timings))
+    else:
+        output.say(result.text)
+    plan = None if result.plan is None else plan_dict(result.plan, job.contexts)
+    output.finish(
+        {"spec": job.spec.source, "stop_after": job.stop_after, "graph": result.text, "plan": plan, "timings": dict(result.timings)}
+    )
+
+
+def _compile(job: Job, output: Output) -> None:
+    from kvcompile.compiler import compile
+
+    started = time.perf_counter()
+    model = compile(spec=job.spec, progress=output.progress, dump=job.dump)
+    timings = {**model.timings, "whole compile": time.perf_counter() - started}
+    if job.chat and getattr(model.tokenizer, "chat_template", None) is None:
+        raise KvcompileError.at("--chat", "this model has no chat template.", "Write the prompt as the model was trained to read it.")
+    if not output.quiet:
+        _print_summary(job, model, timings, output)
+    found = _as_dict(job, model, timings)
+    if job.spec.output.directory is not None and "report" in job.spec.output.formats:
+        text = f"{job.spec.source}\n\n{plan_text(model.plan, job.contexts)}\n\n{_verified(model)}".rstrip()
+        written = write_report(Path(job.spec.output.directory).expanduser(), found, text)
+        output.aside(f"wrote {' and '.join(map(str, written))}")
+        found["report"] = [str(path) for path in written]
+    found["generations"] = [_generate(job, model, number, output) for number in range(len(job.prompts))]
+    output.finish(found)
+
+
+def _print_plan(plan: Plan, contexts: tuple[int, ...], output: Output) -> None:
+    for number, table in enumerate(plan_tables(plan, contexts)):
+        if number:
+            output.say()
+        output.table(table)
+    for line in plan_remarks(plan, contexts):
+        output.say(line)
+
+
+def _print_summary(job: Job, model: CompiledModel, timings: Mapping[str, float], output: Output) -> None:
+    if job.show is Show.TIMING:
+        output.table(_timing_table(timings))
+        return
+    _print_plan(model.plan, job.contexts, output)
+    for warning in model.warnings:
+        output.say(f"warning: {warning}")
+    if job.show is None and _verified(model):
+        output.say()
+        output.say(_verified(model))
+
+
+def _verified(model: CompiledModel) -> str:
+    return "" if model.verification is None else str(model.verification.text())
+
+
+def _as_dict(job: Job, model: CompiledModel, timings: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "spec": job.spec.source,
+        "model": model.name,
+        "plan": plan_dict(model.plan, job.contexts),
+        "verification": None if model.verification is None else model.verification.as_dict(),
+        "warnings": list(model.warnings),
+        "timings": dict(timings),
+    }
+
+
+def _timing_table(timings: Mapping[str, float]) -> Table:
+    rows = tuple((stage, f"{seconds:.2f}") for stage, seconds in timings.items())
+    return Table(("stage", "seconds"), rows, right=frozenset({1}))
+
+
+def _generate(job: Job, model: CompiledModel, number: int, output: Output) -> dict[str, Any]:
+    prompt = job.prompts[number]
+    if len(job.prompts) > 1:
+        output.aside(f"prompt {number + 1} of {len(job.prompts)}:")
+    output.settle()
+    made = model.complete(
+        prompt, max_new_tokens=job.max_new_tokens, temperature=job.temperature, chat=job.chat, on_text=output.piece
+    )
+    output.say()
+    output.aside(_cost(made))
+    return {
+        "text": made.text,
+        "prompt_tokens": made.prompt_tokens,
+        "new_tokens": made.new_tokens,
+        "prefill_s": made.prefill_s,
+        "decode_s": made.decode_s,
+        "decode_tokens_per_s": made.decode_tokens_per_s,
+        "stored_bytes": made.stored_bytes,
+    }
+
+
+def _cost(made: Generation) -> str:
+    from kvcompile.report import format_bytes
+
+    words = [
+        f"{made.prompt_tokens} prompt tokens in {made.prefill_s:.2f} s",
+        f"{made.new_tokens} new tokens" + (f" at {made.decode_tokens_per_s:.1f} a second" if made.decode_tokens_per_s else ""),
+        f"the session holds {format_bytes(made.stored_bytes)}",
+    ]
+    return ", ".join(words)

@@ -1,0 +1,245 @@
+"""From a spec, or a module and a spec, to a compiled model.  The only file that knows every layer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import kvcompile
+from kvcompile.codegen.segments import segment_sources
+from kvcompile.ir.errors import KvcompileError, Problem, SpecError, TargetError
+from kvcompile.ir.plan import Plan
+from kvcompile.ir.show import graph_text
+from kvcompile.ir.spec import ModelSource, Spec
+from kvcompile.ir.unit import Unit
+from kvcompile.models import cache
+from kvcompile.models.load import open_model
+from kvcompile.models.opened import OpenedModel
+from kvcompile.passes.trace import bind_weights, trace
+from kvcompile.pipeline import Pipeline
+from kvcompile.runtime.model import CompiledModel
+from kvcompile.runtime.program import Program
+from kvcompile.verify import Verification, record_key, verify
+
+Progress = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What `run_passes` made: the graph after the last pass, the plan if there is one, seconds by stage."""
+
+    graph: torch.fx.GraphModule
+    plan: Plan | None
+    timings: dict[str, float]
+    warnings: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return graph_text(self.graph)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The distinct segments as Python source, by name; {} before `outline_segments`."""
+        return segment_sources(self.graph)
+
+
+@dataclass
+class _Stages:
+    """Seconds of each stage, and the line that tells of it."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, line: str) -> Iterator[None]:
+        self.progress(line)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def compile(
+    source: str | Path | nn.Module | None = None,
+    spec: str | Path | Mapping[str, Any] | Spec | None = None,
+    *,
+    tokenizer: Any = None,
+    overrides: tuple[str, ...] = (),
+    progress: Progress | None = None,
+    dump: str | Path | None = None,
+) -> CompiledModel:
+    """Compile a causal language model.
+
+    compile("duo.yaml")                     the spec names the model
+    compile(module, spec={...} or a path)   the module is the model; the spec names none
+    compile("folder-or-file.gguf", spec=…)  the source is the model's path; the spec names none
+
+    overrides: `a.b=value` as the command's --set.  progress: called with a line for each stage.  dump: a folder for the
+    graph after each pass.
+    Raises KvcompileError (SpecError, ModelError, UnsupportedGraphError, CapacityError, TargetError, VerificationError).
+    """
+    module, checked = _read(source, spec, overrides)
+    _check_target(checked)
+    stages = _Stages(progress or _silent)
+    opened = None if module is not None else _open(checked, stages)
+    unit = _run(checked, opened, module, stages, None, dump)
+    if opened is not None:
+        with stages.stage("load", f"loading {opened.name}"):
+            module = opened.load()
+        if not bind_weights(unit.graph, module):  # a constant that only the real model holds
+            unit = _run(checked, None, module, stages, None, dump)
+        tokenizer = tokenizer if tokenizer is not None else opened.tokenizer()
+    assert module is not None and unit.plan is not None
+    compiled = CompiledModel(
+        program=Program.from_graph(unit.graph),
+        plan=unit.plan,
+        spec=checked,
+        vocabulary=_vocabulary(unit.graph),
+        name=opened.name if opened else type(module).__name__,
+        tokenizer=tokenizer,
+        stop_tokens=frozenset(opened.stop_tokens if opened else _stop_tokens(module)),
+        timings=stages.seconds,
+        warnings=unit.warnings,
+        explanation=_explain,
+    )
+    return replace(compiled, verification=_verified(compiled, module, unit.graph, opened, stages))
+
+
+def run_passes(
+    spec: str | Path | Mapping[str, Any] | Spec,
+    *,
+    module: nn.Module | None = None,
+    stop_after: str | None = None,
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+) -> PassResult:
+    """Trace and run the passes up to `stop_after`, without loading weights."""
+    _, checked = _read(module, spec, ())
+    stages = _Stages(progress or _silent)
+    opened = None if module is not None else _open(checked, stages)
+    unit = _run(checked, opened, module, stages, stop_after, dump)
+    return PassResult(unit.graph, unit.plan, stages.seconds, unit.warnings)
+
+
+def make_plan(spec: str | Path | Mapping[str, Any] | Spec, *, module: nn.Module | None = None, progress: Progress | None = None) -> Plan:
+    """The plan, without loading weights.  Raises CapacityError when it does not fit `target.memory`."""
+    plan = run_passes(spec, module=module, stop_after="request_kernels", progress=progress).plan
+    assert plan is not None
+    return plan
+
+
+def _read(source: Any, spec: Any, overrides: tuple[str, ...]) -> tuple[nn.Module | None, Spec]:
+    from kvcompile.spec import load_spec
+
+    if spec is None:
+        if source is None or isinstance(source, nn.Module):
+            raise SpecError(Problem("compile", "there is no spec.", "Give spec= a path, a dict or a Spec; {'kvcompile': 1} is policy full."))
+        return None, _with_model(load_spec(source, overrides=overrides), None)
+    checked = load_spec(spec, overrides=overrides)
+    if isinstance(source, nn.Module):
+        if checked.model is not None:
+            raise SpecError(
+                Problem(checked.where("model"), "the spec names a model and a module was given too.", "Leave `model:` out of the spec.")
+            )
+        return source, checked
+    return None, _with_model(checked, source)
+
+
+def _with_model(spec: Spec, path: str | Path | None) -> Spec:
+    if path is not None:
+        if spec.model is not None:
+            raise SpecError(
+                Problem(spec.where("model"), f"the spec names a model and {str(path)!r} was given too.", "Name the model in one place.")
+            )
+        return replace(spec, model=ModelSource(str(path), where="source"))
+    if spec.model is None:
+        raise SpecError(
+            Problem(spec.where("model"), "the spec names no model.", "Write `model: {path: ...}`, or give a module: compile(module, spec=...).")
+        )
+    return spec
+
+
+def _check_target(spec: Spec) -> None:
+    if spec.target.device == "cuda":
+        missing = "there is no CUDA device on this machine" if not torch.cuda.is_available() else "its kernels are not built yet"
+        raise TargetError(
+            Problem(
+                spec.where("target.device"),
+                f"cuda cannot run: {missing}.",
+                "Write `device: cpu`; validate, plan, --show, --dump and --stop-after work for cuda without a device.",
+            )
+        )
+    if spec.target.threads is not None:
+        torch.set_num_threads(spec.target.threads)
+
+
+def _open(spec: Spec, stages: _Stages) -> OpenedModel:
+    spec = _with_model(spec, None)
+    assert spec.model is not None
+    return open_model(spec.model, progress=stages.progress)
+
+
+def _run(
+    spec: Spec, opened: OpenedModel | None, module: nn.Module | None, stages: _Stages, stop_after: str | None, dump: str | Path | None
+) -> Unit:
+    """Trace and passes.  A model that is not loaded yet is traced from its configuration, with weights of no memory."""
+    if opened is not None:
+        with stages.stage("open", f"reading {opened.name}"), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+            module = opened.build()
+    assert module is not None
+    with stages.stage("trace", "tracing"):
+        graph = trace(module)
+    declared = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    pipeline = Pipeline(dump=Path(dump) if dump else None, on_pass=stages.seconds.__setitem__)
+    stages.progress("running passes")
+    return pipeline.run(Unit(graph, spec, context_tokens=declared), stop_after)
+
+
+def _vocabulary(graph: torch.fx.GraphModule) -> int:
+    (output,) = graph.graph.find_nodes(op="output")
+    return int(output.args[0].meta["val"].shape[-1])
+
+
+def _stop_tokens(module: nn.Module) -> set[int]:
+    found = getattr(getattr(module, "config", None), "eos_token_id", None)
+    return {int(token) for token in (found if isinstance(found, (list, tuple)) else [found]) if token is not None}
+
+
+def _verified(
+    compiled: CompiledModel, module: nn.Module, graph: torch.fx.GraphModule, opened: OpenedModel | None, stages: _Stages
+) -> Verification:
+    """The kept record of an earlier verification if nothing changed since, else a new one."""
+    key = None
+    if opened is not None:
+        key = record_key(opened.hash, compiled, {"kvcompile": kvcompile.__version__, "torch": torch.__version__})
+        kept = cache.recall("verified", key)
+        if kept is not None:
+            with contextlib.suppress(KeyError, TypeError):
+                return Verification.from_dict(kept)
+    with stages.stage("verify", "verifying against the original model"):
+        verification = verify(compiled, module, graph)
+    if key is not None:
+        cache.record("verified", key, {name: value for name, value in verification.as_dict().items() if name != "from_record"})
+    return verification
+
+
+def _explain(compiled: CompiledModel) -> str:
+    from kvcompile.report import plan_text
+
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in compiled.timings.items())
+    return "\n".join([plan_text(compiled.plan), "", compiled.verification.text(), f"compile: {seconds}", *compiled.warnings])
+
+
+__all__ = ["KvcompileError", "PassResult", "compile", "make_plan", "run_passes", "trace"]

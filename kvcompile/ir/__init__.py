@@ -1,0 +1,1 @@
+"""Plain data that every layer shares.  Imports torch, numpy and the standard library only; `graphs` needs networkx."""

@@ -1,0 +1,35 @@
+"""What a kernel must do, without saying which layer it is for: equal layers share one kernel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """A kernel that attends over spans of keys and values.
+
+    No layer names, no pointers, no token counts: `key` is the same for equal layers and on every run.
+    sink_tokens, recent_tokens: the visible set (ir/policy.py); recent_tokens None means every earlier token.
+    """
+
+    kind: Literal["attend_spans"]
+    device: str
+    head_dim: int
+    value_dim: int
+    queries_per_kv: int
+    compute_dtype: str
+    store_dtype: str
+    scale: float
+    soft_cap: float | None
+    learnt_sinks: bool
+    sink_tokens: int
+    recent_tokens: int | None
+
+    @property
+    def key(self) -> str:
+        """Content hash, 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""A graph as text: one node a line, shape first, the module it came from behind.  No absolute paths, stable between runs."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+
+from kvcompile.ir.tokens import fake_value, path_of
+
+_SHORT = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "bool",
+}
+
+
+def shape_text(value: Any) -> str:
+    """`bf16[1, s, 576]`: dtype and shape, `s` for the number of tokens; a SymInt is `size`; unknown is `-`."""
+    if isinstance(value, torch.Tensor):
+        sizes = ", ".join("s" if isinstance(size, torch.SymInt) else str(size) for size in value.shape)
+        return f"{_SHORT.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{sizes}]"
+    if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
+        return "size"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(shape_text(item) for item in value) + ")"
+    return "-"
+
+
+def _argument_text(argument: Any) -> str:
+    if isinstance(argument, torch.fx.Node):
+        return f"%{argument.name}"
+    if isinstance(argument, (list, tuple)):
+        inner = ", ".join(_argument_text(item) for item in argument)
+        return f"[{inner}]" if isinstance(argument, list) else f"({inner})"
+    return str(argument)
+
+
+def node_text(node: torch.fx.Node) -> str:
+    """One line: `bf16[1, s, 576]  %linear_3 = aten.linear.default(%mul_4, %weight)  # model.layers.0.mlp`."""
+    arguments = [_argument_text(argument) for argument in node.args]
+    arguments += [f"{key}={_argument_text(argument)}" for key, argument in node.kwargs.items()]
+    shape = shape_text(fake_value(node))
+    if node.op == "output":
+        return f"{'return':24s}{arguments[0]}"
+    if node.op == "placeholder":
+        what = "input"
+    elif node.op == "get_attr":
+        what = f"weight {node.target}"
+    else:
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        namespace = str(node.target).split(".")[0] if isinstance(node.target, torch._ops.OpOverload) else ""
+        what = f"{namespace + '.' if namespace else ''}{target}({', '.join(arguments)})"
+    path = path_of(node)
+    return f"{shape:24s}%{node.name} = {what}" + (f"  # {path}" if path and node.op == "call_function" else "")
+
+
+def graph_text(module: torch.fx.GraphModule) -> str:
+    """The whole graph, its segments (sub-graphs) behind it, each under its name."""
+    lines = [node_text(node) for node in module.graph.nodes]
+    called = dict.fromkeys(node.target for node in module.graph.find_nodes(op="call_module"))
+    for name in called:
+        segment = module.get_submodule(name)
+        assert isinstance(segment, torch.fx.GraphModule)
+        lines += ["", f"{name}:"] + ["  " + node_text(node) for node in segment.graph.nodes]
+    return "\n".join(lines) + "\n"
+
+
+def difference(before: str, after: str, context: int = 0) -> str:
+    """What changed between two texts, as a unified diff without headers or line numbers; "" when nothing did."""
+    diff = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=context)
+    return "\n".join(line for line in list(diff)[2:] if not line.startswith("@@"))

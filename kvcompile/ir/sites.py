@@ -1,0 +1,38 @@
+"""An attention site: one attention of the model, with every fact a kernel or a store needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of the model.
+
+    index:          position among the model's sites in execution order; `layers:` in a spec counts sites.
+    path:           the module that owns it, `model.layers.3.self_attn`.
+    scale:          factor on q.k before softmax.
+    sliding_window: the model's own window: position p sees (p - sliding_window, p]; None when it has none.
+    soft_cap:       logits become soft_cap * tanh(logits / soft_cap); None when the model has none.
+    learnt_sinks:   one learnt logit a query head joins the softmax's denominator (gpt-oss).
+    dtype:          the dtype of query, key and value, as torch names it: "bfloat16".
+    """
+
+    index: int
+    path: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    dtype: str
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    learnt_sinks: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.query_heads % self.kv_heads == 0, f"{self.path}: {self.query_heads} query heads over {self.kv_heads} KV heads"
+
+    @property
+    def queries_per_kv(self) -> int:
+        return self.query_heads // self.kv_heads

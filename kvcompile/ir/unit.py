@@ -1,0 +1,56 @@
+"""What passes hand to each other: the graph, the spec, and what is known of them so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from kvcompile.ir.plan import Plan
+from kvcompile.ir.policy import HeadPolicy
+from kvcompile.ir.sites import AttentionSite
+from kvcompile.ir.spec import Spec
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One model on its way through the passes.  Passes change `graph` in place and return the unit with what they learnt.
+
+    sites:     the attention sites in execution order; from `canonicalise_attention`.
+    policies:  [site][kv_head]; from `assign_policies`.
+    plan:      from `build_zones`; `place` and `request_kernels` complete it.
+    context_tokens: tokens that the model's configuration declares, or None.
+    position_rows: rows of a table that positions index, a bound that no session may pass; from `make_positions_explicit`.
+    warnings:  sentences for the user.
+    """
+
+    graph: torch.fx.GraphModule
+    spec: Spec
+    sites: tuple[AttentionSite, ...] = ()
+    policies: tuple[tuple[HeadPolicy, ...], ...] = ()
+    plan: Plan | None = None
+    context_tokens: int | None = None
+    position_rows: int | None = None
+    warnings: tuple[str, ...] = ()
+    passed: tuple[str, ...] = field(default=())
+
+
+class Pass(Protocol):
+    """One step from a traced graph to a program.
+
+    name:     the file it lives in.
+    requires: names of the passes that must have run before.
+    run:      does the work; raises KvcompileError for what the user can mend.
+    ensures:  looks at the *result* and asserts what later passes rely on.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def requires(self) -> tuple[str, ...]: ...
+
+    def run(self, unit: Unit) -> Unit: ...
+
+    def ensures(self, unit: Unit) -> None: ...

@@ -1,0 +1,1 @@
+"""Where models come from: headers read without torch (`header`), weights (`load`), and the cache on disk (`cache`)."""

@@ -1,0 +1,88 @@
+"""The passes in their order, and what runs them: checks after each, differences, dumps, stop-after, a reproducer on failure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from kvcompile.codegen.reproducer import reproducer_source
+from kvcompile.ir.errors import KvcompileError, Problem, SpecError
+from kvcompile.ir.graphs import write_graphml, write_svg
+from kvcompile.ir.show import difference, graph_text
+from kvcompile.ir.unit import Pass, Unit
+from kvcompile.passes.assign_policies import AssignPolicies
+from kvcompile.passes.build_zones import BuildZones
+from kvcompile.passes.canonicalise_attention import CanonicaliseAttention
+from kvcompile.passes.check_token_wise import CheckTokenWise
+from kvcompile.passes.make_positions_explicit import MakePositionsExplicit
+from kvcompile.passes.outline_segments import OutlineSegments
+from kvcompile.passes.place import Place
+from kvcompile.passes.request_kernels import RequestKernels
+
+PASSES: tuple[Pass, ...] = (
+    CanonicaliseAttention(),  # first: every later pass asks where the sites are
+    MakePositionsExplicit(),  # before the token-wise check: an arange is a position, not a mixing of tokens
+    CheckTokenWise(),  # before anything is planned: a refusal should cost nothing
+    AssignPolicies(),  # the rules need the sites' KV heads
+    BuildZones(),  # groups need every head's policy
+    Place(),  # bytes need the groups; a plan that does not fit stops here, before weights are loaded
+    RequestKernels(),  # the request names the device
+    OutlineSegments(),  # last: it replaces the graph that the others read
+)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Runs passes over a unit.
+
+    stop_after: the name of the last pass to run ("trace" runs none).
+    dump:       folder that gets a numbered text of the graph, its GraphML and SVG, and the difference, after each pass.
+    on_pass:    called with each pass's name and seconds.
+    """
+
+    passes: tuple[Pass, ...] = PASSES
+    dump: Path | None = None
+    on_pass: Callable[[str, float], None] = field(default=lambda name, seconds: None)
+
+    def run(self, unit: Unit, stop_after: str | None = None) -> Unit:
+        names = ["trace", *(each.name for each in self.passes)]
+        if stop_after is not None and stop_after not in names:
+            raise SpecError(Problem("--stop-after", f"there is no pass {stop_after!r}.", f"Passes: {', '.join(names)}."))
+        before = graph_text(unit.graph)
+        self._dump(0, "trace", unit, "", before)
+        for number, each in enumerate(self.passes[: names.index(stop_after)] if stop_after else self.passes, start=1):
+            missing = [name for name in each.requires if name not in unit.passed]
+            assert not missing, f"{each.name} needs {missing} to run first"
+            started = time.perf_counter()
+            try:
+                unit = each.run(unit)
+                each.ensures(unit)
+            except (KvcompileError, AssertionError) as error:
+                self._reproduce(each.name, before, unit, error)
+                raise
+            unit = replace(unit, passed=(*unit.passed, each.name))
+            self.on_pass(each.name, time.perf_counter() - started)
+            if self.dump is not None:
+                after = graph_text(unit.graph)
+                self._dump(number, each.name, unit, before, after)
+                before = after
+        return unit
+
+    def _dump(self, number: int, name: str, unit: Unit, before: str, after: str) -> None:
+        if self.dump is None:
+            return
+        self.dump.mkdir(parents=True, exist_ok=True)
+        stem = f"{number:02d}-{name}"
+        (self.dump / f"{stem}.txt").write_text(after)
+        (self.dump / f"{stem}.diff").write_text(difference(before, after) + "\n")
+        write_graphml(unit.graph, self.dump / f"{stem}.graphml")
+        write_svg(unit.graph, self.dump / f"{stem}.svg")
+
+    def _reproduce(self, name: str, before: str, unit: Unit, error: Exception) -> None:
+        """What is needed to repeat a failure: the graph as a runnable module with weights of the same shapes."""
+        if self.dump is None:
+            return
+        (self.dump / "failed.txt").write_text(f"{name}: {error}\n\n{before}")
+        (self.dump / "reproduce.py").write_text(reproducer_source(unit.graph, name))

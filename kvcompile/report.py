@@ -1,0 +1,213 @@
+"""The plan as people and programs read it, and the files of `output.formats: [report]`.
+
+stored: bytes that a session holds, for each token of its context.   read: bytes of it that one generated token reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcompile.ir.errors import KvcompileError
+from kvcompile.ir.plan import Plan, SitePlan
+
+DEFAULT_CONTEXTS = (8 * 1024, 32 * 1024, 128 * 1024)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table before it is drawn.  Columns in `right` are aligned to the right."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str = ""
+    right: frozenset[int] = frozenset()
+
+    def text(self) -> str:
+        """Aligned plain text without trailing spaces."""
+        widths = [max(len(row[column]) for row in (self.header, *self.rows)) for column in range(len(self.header))]
+
+        def line(row: Sequence[str]) -> str:
+            cells = (c.rjust(w) if n in self.right else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
+            return "  ".join(cells).rstrip()
+
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([*([self.title] if self.title else []), line(self.header), rule, *map(line, self.rows)])
+
+
+def format_bytes(count: float) -> str:
+    """0 B, 1023 B, 1.5 KiB, 12.0 MiB: one decimal from KiB on."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        count /= 1024
+        if count < 1023.95 or unit == "TiB":
+            break
+    return f"{count:.1f} {unit}"
+
+
+def format_tokens(count: int) -> str:
+    """8192 is 8K; what is no multiple of 1024 is written out."""
+    return f"{count // 1024}K" if count >= 1024 and count % 1024 == 0 else str(count)
+
+
+def fold_sites(plan: Plan) -> list[list[SitePlan]]:
+    """Consecutive sites that cost and do the same; which of their KV heads have which policy may differ."""
+    folded: list[list[SitePlan]] = []
+    for site in plan.sites:
+        if folded and _alike(folded[-1][0]) == _alike(site):
+            folded[-1].append(site)
+        else:
+            folded.append([site])
+    return folded
+
+
+def describe_groups(site: SitePlan) -> str:
+    """`1 full (all), 2 streaming (sink 16 + recent 256)`."""
+    parts = []
+    for (name, zones, store), count in _policy_counts(site).items():
+        kept = " and ".join(zones)
+        told = name if kept == "all" and name == "full" else f"{name} ({kept})"
+        parts.append(f"{count} {told}{f' in {store}' if store else ''}")
+    return ", ".join(parts)
+
+
+def layer_table(plan: Plan, contexts: Sequence[int]) -> Table:
+    """One row for each run of equal layers: bytes of one of them."""
+    columns = [f"{format_tokens(context)} {word}" for context in contexts for word in ("stored", "read")]
+    rows = []
+    for sites in fold_sites(plan):
+        first, last = sites[0].site.index, sites[-1].site.index
+        cost = [
+            format_bytes(value)
+            for context in contexts
+            for value in (sites[0].stored_bytes(context) / context, sites[0].read_bytes(context))
+        ]
+        rows.append((f"{first}" if first == last else f"{first}-{last}", describe_groups(sites[0]), *cost))
+    return Table(
+        ("layers", "KV heads", *columns),
+        tuple(rows),
+        "Each layer: bytes stored for a token of context, bytes read for a generated token",
+        frozenset(range(2, 2 + len(columns))),
+    )
+
+
+def total_table(plan: Plan, contexts: Sequence[int]) -> Table:
+    """The whole model against the plain KV cache in the model's dtype."""
+    rows = []
+    for context in contexts:
+        full, stored, read = plan.full_bytes(context), plan.stored_bytes(context), plan.read_bytes(context)
+        rows.append(
+            (
+                format_tokens(context),
+                *(format_bytes(value) for value in (full, stored)),
+                _ratio(full, stored),
+                format_bytes(stored / context),
+                format_bytes(read),
+                _ratio(full, read),
+            )
+        )
+    header = ("context", "full cache", "stored", "less by", "stored a token", "read a token", "less by")
+    return Table(header, tuple(rows), "The model: bytes of a session", frozenset(range(1, 7)))
+
+
+def plan_tables(plan: Plan, contexts: Sequence[int]) -> list[Table]:
+    return [layer_table(plan, contexts), total_table(plan, contexts)]
+
+
+def plan_text(plan: Plan, contexts: Sequence[int]) -> str:
+    """The tables and the notes, plain."""
+    return "\n\n".join([*(table.text() for table in plan_tables(plan, contexts)), "\n".join(plan_remarks(plan, contexts))]).rstrip()
+
+
+def plan_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
+    """What stands below the tables."""
+    remarks = [f"weights: {format_bytes(plan.weight_bytes)}"] if plan.weight_bytes else []
+    if plan.context_limit is not None:
+        beyond = [format_tokens(context) for context in contexts if context > plan.context_limit]
+        made_for = f"the model was made for {format_tokens(plan.context_limit)} tokens"
+        remarks.append(f"{made_for}; bytes at {', '.join(beyond)} are computed all the same" if beyond else made_for)
+    return [*remarks, *(f"note: {note}" for note in plan.notes)]
+
+
+def plan_dict(plan: Plan, contexts: Sequence[int]) -> dict[str, Any]:
+    """The plan for programs: numbers in bytes, every site with the KV heads of each group."""
+    return {
+        "weight_bytes": plan.weight_bytes,
+        "context_limit": plan.context_limit,
+        "notes": list(plan.notes),
+        "contexts": [
+            {
+                "tokens": context,
+                "stored_bytes": plan.stored_bytes(context),
+                "stored_bytes_per_context_token": plan.stored_bytes(context) / context,
+                "read_bytes_per_generated_token": plan.read_bytes(context),
+                "full_bytes": plan.full_bytes(context),
+            }
+            for context in contexts
+        ],
+        "sites": [_site_dict(site, contexts) for site in plan.sites],
+    }
+
+
+def write_report(folder: Path, value: Mapping[str, Any], text: str) -> list[Path]:
+    """report.json and report.txt in `folder`, which is made; both new or neither: they are written aside and then moved."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
+        try:
+            (aside / "report.json").write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (aside / "report.txt").write_text(text.rstrip() + "\n", encoding="utf-8")
+            for name in ("report.json", "report.txt"):
+                os.replace(aside / name, folder / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise KvcompileError.at(
+            str(folder), f"the report cannot be written: {error.strerror or error}.", "Name another folder with -o."
+        ) from error
+    return [folder / "report.json", folder / "report.txt"]
+
+
+def _site_dict(site: SitePlan, contexts: Sequence[int]) -> dict[str, Any]:
+    return {
+        **asdict(site.site),
+        "groups": [
+            {
+                "kv_heads": list(group.kv_heads),
+                "policy": group.policy.name,
+                "zones": [zone.describe() for zone in group.policy.zones],
+                "positions": group.policy.positions,
+                "store_dtype": group.policy.store.dtype or site.site.dtype,
+                "device": group.device,
+                "kernel": group.request.key if group.request else None,
+            }
+            for group in site.groups
+        ],
+        "stored_bytes": {str(context): site.stored_bytes(context) for context in contexts},
+        "read_bytes": {str(context): site.read_bytes(context) for context in contexts},
+    }
+
+
+def _policy_counts(site: SitePlan) -> Counter[tuple[str, tuple[str, ...], str | None]]:
+    counts: Counter[tuple[str, tuple[str, ...], str | None]] = Counter()
+    for group in site.groups:
+        zones = tuple(zone.describe() for zone in group.policy.zones)
+        counts[(group.policy.name, zones, group.policy.store.dtype)] += len(group.kv_heads)
+    return counts
+
+
+def _alike(site: SitePlan) -> tuple[Any, ...]:
+    facts = site.site
+    return (facts.kv_heads, facts.head_dim, facts.value_dim, facts.dtype, tuple(sorted(map(str, _policy_counts(site).items()))))
+
+
+def _ratio(full: float, part: float) -> str:
+    return f"{full / part:.1f}x" if part else "-"

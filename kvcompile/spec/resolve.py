@@ -1,0 +1,299 @@
+"""A document -> a Spec: the schema, then what the schema cannot know, then plain dataclasses.  All problems are raised at once.
+
+When the schema finds faults, each faulty section is replaced by a harmless one (`_mended`), so that the other sections are still
+checked for unknown names, missing files and numbers that the model does not have.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kvcompile.ir.errors import KvcompileError, Problem, SpecError
+from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store, Zone
+from kvcompile.ir.spec import HeadRule, ModelSource, Output, Pattern, Spec, Target
+from kvcompile.models.header import ModelHeader, exists, read_header
+from kvcompile.spec import bundled
+from kvcompile.spec.loader import Document, from_mapping, read_yaml
+from kvcompile.spec.messages import nearest, translate
+from kvcompile.spec.overrides import apply_overrides
+from kvcompile.spec.patterns import check_pattern, read_pattern
+from kvcompile.spec.schema import PolicyForm, RuleForm, SpecForm
+from kvcompile.spec.unbuilt import UNBUILT_POLICIES, unbuilt_problems
+
+BUILT_IN = {
+    "full": HeadPolicy("full", (All(),)),
+    "streaming": HeadPolicy("streaming", (SinkRecent(16, 256),)),
+}
+
+
+def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str], check_model: bool) -> Spec:
+    document, folder = _open(source)
+    reader = _Reader(document, folder, check_model)
+    reader.problems += document.problems
+    reader.problems += apply_overrides(document, overrides)
+    form = reader.validate()
+    if form is not None:
+        reader.problems += unbuilt_problems(form, document)
+        spec = reader.build(form)
+    if reader.problems:
+        raise SpecError(*sorted(_without_repeats(reader.problems), key=_line))
+    assert form is not None
+    return spec
+
+
+def _open(source: str | Path | Mapping[str, Any]) -> tuple[Document, Path]:
+    """The document and the folder that its relative paths start from."""
+    if isinstance(source, Mapping):
+        return from_mapping(source), Path(".")
+    if isinstance(source, str) and source.startswith(bundled.PREFIX):
+        path = bundled.bundled_path(source)
+    else:
+        path = Path(source)
+        if not exists(path):
+            near = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
+            mend = f"Did you mean {path.parent / near}?" if near else "Name a YAML file, or builtin:NAME."
+            name = next(iter(str(source).splitlines()), "")[:200]
+            raise SpecError.at(name, "does not exist.", mend)
+    return read_yaml(path), path.parent
+
+
+@dataclass
+class _Reader:
+    document: Document
+    folder: Path
+    check_model: bool
+    problems: list[Problem] = field(default_factory=list)
+    faulty_policies: set[str] = field(default_factory=set)
+    header: ModelHeader | None = None
+
+    # --- the schema ------------------------------------------------------------------------------------------------------------------
+
+    def validate(self) -> SpecForm | None:
+        """The whole form, or one whose faulty sections were replaced, or None when nothing can be made of it."""
+        value = self.document.value
+        if not isinstance(value, dict):
+            found = "is empty" if value is None else "is not a mapping"
+            self.problems.append(Problem(self.document.source, f"{found}.", "Write keys and values, `kvcompile: 1` first."))
+            return None
+        try:
+            return SpecForm.model_validate(value)
+        except ValidationError as error:
+            self.problems += translate(error, self.document)
+            locations = [detail["loc"] for detail in error.errors(include_url=False, include_context=False, include_input=False)]
+        try:
+            return SpecForm.model_validate(self._mended(value, locations))
+        except ValidationError:
+            return None
+
+    def _mended(self, value: dict[str, Any], locations: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+        mended = copy.deepcopy(value)
+        mended["kvcompile"] = 1
+        for location in locations:
+            match location:
+                case ("policies", str(name), *_) if isinstance(mended.get("policies"), dict):
+                    self.faulty_policies.add(name)
+                    mended["policies"][name] = {"zones": ["all"]}
+                case ("heads", int(index), *_) if isinstance(mended.get("heads"), list):
+                    policy = value["heads"][index].get("policy") if isinstance(value["heads"][index], dict) else None
+                    mended["heads"][index] = {"policy": policy if isinstance(policy, str) and policy else "full"}
+                case (str(section), *_) if section != "kvcompile":
+                    mended.pop(section, None)
+        return mended
+
+    # --- what the schema cannot know -------------------------------------------------------------------------------------------------
+
+    def build(self, form: SpecForm) -> Spec:
+        """The Spec; where `problems` were found it is incomplete, and nobody sees it."""
+        model = self._model(form)
+        patterns = [self._pattern(index, rule) for index, rule in enumerate(form.heads or [])]
+        policies = self._policies(form, patterns)
+        return Spec(
+            model=model,
+            policies=policies,
+            heads=self._heads(form, patterns, policies),
+            target=Target(
+                device=form.target.device,
+                threads=form.target.threads,
+                memory_bytes=form.target.memory,
+                deterministic=form.target.deterministic,
+                where=self._where("target"),
+            ),
+            prefill_chunk_tokens=form.prefill.chunk_tokens,
+            verify_tokens=form.verify.tokens,
+            seed=form.seed,
+            output=self._output(form),
+            source=self.document.source,
+            lines=dict(self.document.lines),
+        )
+
+    def _model(self, form: SpecForm) -> ModelSource | None:
+        if form.model is None:
+            return None
+        folder = self._folder("model.path")
+        where = self._where("model.path")
+        if self.check_model:
+            try:
+                self.header = read_header(form.model.path, folder)
+            except KvcompileError as error:
+                for problem in error.problems:
+                    what = problem.what if problem.where == form.model.path else f"{problem.where} {problem.what}"
+                    self.problems.append(Problem(f"{where}: {form.model.path}", what, problem.mend))
+        return ModelSource(path=form.model.path, dtype=form.model.dtype, folder=str(folder), where=where)
+
+    def _pattern(self, index: int, rule: RuleForm) -> Pattern | None:
+        path = f"heads[{index}]"
+        if (rule.pattern is None) != (rule.share is None):
+            given, missing, example = ("share", "pattern", "patterns/model.yaml") if rule.pattern is None else ("pattern", "share", "75%")
+            self._problem(f"{path}.{given}", f"{given} without {missing}.", f"Write {missing} too, for example {missing}: {example}.")
+        if rule.pattern is None:
+            return None
+        where = self._where(f"{path}.pattern")
+        file = self._folder(f"{path}.pattern") / Path(rule.pattern).expanduser()
+        if not exists(file):
+            near = nearest(file.name, os.listdir(file.parent) if file.parent.is_dir() else [])
+            mend = f'Did you mean "{Path(rule.pattern).parent / near}"?' if near else "Paths start at the spec's folder."
+            self.problems.append(Problem(where, f'the pattern "{rule.pattern}" does not exist (looked for {file}).', mend))
+            return None
+        try:
+            pattern = read_pattern(file)
+        except SpecError as error:
+            self.problems += error.problems
+            return None
+        self.problems += check_pattern(pattern, self.header, where)
+        return pattern
+
+    def _policies(self, form: SpecForm, patterns: Sequence[Pattern | None]) -> dict[str, HeadPolicy]:
+        policies = {name: policy for name, policy in BUILT_IN.items() if name not in form.policies}
+        for name, policy in form.policies.items():
+            users = [index for index, rule in enumerate(form.heads or []) if rule.policy == name]
+            zones = tuple(self._zones(name, policy, [(index, patterns[index]) for index in users]))
+            dtype = policy.store.dtype if policy.store else None
+            if policy.rollback and zones == (All(),):
+                what = f"{policy.rollback} has no effect: zone all keeps every token and rolls back to any length."
+                self._problem(f"policies.{name}.rollback", what, "Take it out.")
+            if zones:
+                store = Store(None if dtype == "int8" else dtype)
+                policies[name] = HeadPolicy(name=name, zones=zones, store=store, rollback_tokens=policy.rollback)
+        return policies
+
+    def _zones(self, name: str, policy: PolicyForm, users: Sequence[tuple[int, Pattern | None]]) -> list[Zone]:
+        zones: list[Zone] = []
+        for index, zone in enumerate(policy.zones):
+            if zone.all is not None:
+                zones.append(All())
+            if zone.sink_recent is not None:
+                path = f"policies.{name}.zones[{index}].sink_recent"
+                sink = self._window(f"{path}.sink_tokens", zone.sink_recent.sink_tokens, users)
+                recent = self._window(f"{path}.recent_tokens", zone.sink_recent.recent_tokens, users)
+                if sink is not None and recent is not None:
+                    zones.append(SinkRecent(sink, recent))
+        return zones
+
+    def _window(self, path: str, written: int | None, users: Sequence[tuple[int, Pattern | None]]) -> int | None:
+        """sink_tokens or recent_tokens: what the policy says, else what the patterns of the rules that use it agree on."""
+        if written is not None:
+            return written
+        key = path.rpartition(".")[2]
+        found: set[int | None] = {getattr(pattern, key) if pattern else None for _, pattern in users}
+        agreed = next(iter(found)) if len(found) == 1 else None
+        if agreed is not None:
+            return agreed
+        if len(found) > 1:
+            values = ", ".join(f"heads[{index}] {'none' if not pattern else getattr(pattern, key)}" for index, pattern in users)
+            self._problem(path, f"is missing and the rules that use the policy differ: {values}.", f"Write for example {key}: 64.")
+        else:
+            example = 16 if key == "sink_tokens" else 256
+            self._problem(
+                path, "is missing, and no rule that uses the policy brings it by a pattern.", f"Write for example {key}: {example}."
+            )
+        return None
+
+    def _heads(self, form: SpecForm, patterns: Sequence[Pattern | None], policies: Mapping[str, HeadPolicy]) -> tuple[HeadRule, ...]:
+        """The rules as they stand.  KV heads that none names are full (passes/assign_policies), and so are all without any rule."""
+        rules: list[HeadRule] = []
+        for index, (rule, pattern) in enumerate(zip(form.heads or [], patterns, strict=True)):
+            self._check_policy(index, rule, form, policies)
+            self._check_numbers(index, rule)
+            rules.append(HeadRule(rule.policy, rule.layers, rule.kv_heads, pattern, rule.share, self._where(f"heads[{index}]")))
+        return tuple(rules) or (HeadRule("full"),)
+
+    def _check_policy(self, index: int, rule: RuleForm, form: SpecForm, policies: Mapping[str, HeadPolicy]) -> None:
+        known = list(dict.fromkeys([*form.policies, *policies]))
+        if rule.policy in known or rule.policy in UNBUILT_POLICIES:
+            return
+        near = nearest(rule.policy, known)
+        mend = f'Did you mean "{near}"?' if near else "Name one of them, or add it under policies."
+        self._problem(f"heads[{index}].policy", f'policy "{rule.policy}" does not exist (there are {", ".join(sorted(known))}).', mend)
+
+    def _check_numbers(self, index: int, rule: RuleForm) -> None:
+        """Layers and KV heads against the model's header, where it is known."""
+        if self.header is None or self.header.layers is None:
+            return
+        count = self.header.layers
+        missing = [layer for layer in rule.layers or () if layer >= count]
+        if missing:
+            what = f"layer {missing[0]} does not exist in the model ({count} layers, 0 to {count - 1})."
+            self._problem(f"heads[{index}].layers", what, f'Write numbers from 0 to {count - 1}, a range such as 0-{count - 1}, or "all".')
+        for layer in rule.layers or range(count):
+            kv_heads = self.header.kv_heads[layer] if self.header.kv_heads and layer < count else None
+            beyond = [head for head in rule.kv_heads or () if kv_heads is not None and head >= kv_heads]
+            if beyond and kv_heads:
+                last = kv_heads - 1
+                counted = "1 KV head, number 0" if kv_heads == 1 else f"{kv_heads} KV heads, 0 to {last}"
+                what = f"KV head {beyond[0]} does not exist in layers.{layer} ({counted})."
+                mend = f'Write numbers from 0 to {last}, a range such as 0-{last}, or "all".' if last else 'Write 0, or "all".'
+                self._problem(f"heads[{index}].kv_heads", what, mend)
+                return
+
+    def _output(self, form: SpecForm) -> Output:
+        directory, formats = form.output.directory, form.output.formats
+        if directory is None:
+            if formats is not None:
+                self._problem("output.formats", "formats without a directory are written nowhere.", "Write output.directory, or -o FOLDER.")
+            return Output()
+        fault = _unwritable(Path(directory).expanduser())
+        if fault:
+            self._problem("output.directory", f'"{directory}" {fault}.', "Name a folder that can be made or written to.")
+        return Output(directory=directory, formats=tuple(dict.fromkeys(formats or ("report",))))
+
+    # --- places ----------------------------------------------------------------------------------------------------------------------
+
+    def _where(self, path: str) -> str:
+        return self.document.where(path)
+
+    def _problem(self, path: str, what: str, mend: str) -> None:
+        self.problems.append(Problem(self._where(path), what, mend))
+
+    def _folder(self, path: str) -> Path:
+        """Where a relative path starts: the spec's folder; the working directory for one that `--set` gave."""
+        return Path(".") if self._where(path).startswith("--set ") else self.folder
+
+
+def _unwritable(directory: Path) -> str | None:
+    """Why a folder can neither be written to nor made; nothing is made here."""
+    if exists(directory) and not directory.is_dir():
+        return "is a file"
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if exists(parent))
+    if not existing.is_dir():
+        return f"cannot be made: {existing} is a file"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return "is not writable" if existing == directory else f"cannot be made: {existing} is not writable"
+    return None
+
+
+def _without_repeats(problems: Sequence[Problem]) -> list[Problem]:
+    """Each once: two rules that name one faulty pattern tell of it twice."""
+    return list(dict.fromkeys(problems))
+
+
+def _line(problem: Problem) -> int:
+    """The line in the file, for the order of problems; 0 when the problem has none."""
+    place = problem.where.split(": ")[0].rpartition(":")[2]
+    return int(place) if place.isdigit() else 0

@@ -1,0 +1,246 @@
+"""Verification: what every compile proves on this machine before it reports anything else.
+
+1. `full` everywhere equals the original model, prefill in two chunks and then one token at a time.
+2. The spec against `full`: what the approximation costs, on tokens that stand beyond every window.
+Beyond the tolerance there is no model, and the first site that differs is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcompile.ir.attend_op import ATTEND
+from kvcompile.ir.errors import Problem, VerificationError
+from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
+from kvcompile.ir.policy import All, HeadPolicy, SinkRecent
+from kvcompile.passes.huggingface import is_huggingface
+from kvcompile.runtime.model import CompiledModel
+from kvcompile.text_ids import text_ids
+
+STEP_TOKENS = 16
+# bfloat16 and float16 compare two roundings of one model: SmolLM2's eager bfloat16 is 0.0013 nats from its float32
+KL_TOLERANCE = {"float64": 1e-9, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-2}
+LOGIT_TOLERANCE = {"float64": 1e-8, "float32": 1e-3}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models' logits on the same tokens.
+
+    max_logit_difference: largest absolute difference of a logit.
+    mean_kl:              mean over tokens of KL(first || second), nats.
+    greedy_agreement:     share of tokens with the same largest logit, 0 to 1.
+    """
+
+    tokens: int
+    max_logit_difference: float
+    mean_kl: float
+    greedy_agreement: float
+
+    @classmethod
+    def of(cls, first_TV: Tensor, second_TV: Tensor) -> Comparison:
+        """first_TV, second_TV: logits [tokens, vocabulary]."""
+        first, second = first_TV.double(), second_TV.double()
+        log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+        return cls(
+            tokens=first.shape[0],
+            max_logit_difference=float((first - second).abs().max()),
+            mean_kl=float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp_min(0.0)),
+            greedy_agreement=float((first.argmax(-1) == second.argmax(-1)).double().mean()),
+        )
+
+    def text(self) -> str:
+        return (
+            f"max |logit difference| {self.max_logit_difference:.2e}, mean KL {self.mean_kl:.2e} nats, "
+            f"greedy agreement {self.greedy_agreement:.1%} of {self.tokens} tokens"
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """full: policy `full` against the original.  spec: the spec's policies against `full`, scored beyond every window."""
+
+    full: Comparison
+    spec: Comparison
+    dtype: str
+    from_record: bool = False
+
+    def text(self) -> str:
+        kept = " (proved before, nothing changed since)" if self.from_record else ""
+        return f"full against the original{kept}: {self.full.text()}\nthis spec against full:      {self.spec.text()}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Verification:
+        return cls(Comparison(**record["full"]), Comparison(**record["spec"]), record["dtype"], from_record=True)
+
+
+def full_plan(plan: Plan) -> Plan:
+    """The plan with every KV head remembering every token (a sliding layer: its window), in the model's dtype."""
+
+    def full(site: SitePlan) -> SitePlan:
+        facts, first = site.site, site.groups[0]
+        zone = SinkRecent(0, facts.sliding_window) if facts.sliding_window else All()
+        assert first.request is not None
+        request = replace(first.request, store_dtype=facts.dtype, sink_tokens=0, recent_tokens=facts.sliding_window)
+        capacity = plan.position_rows or plan.context_tokens or 32768
+        group = HeadGroup(tuple(range(facts.kv_heads)), HeadPolicy("full", (zone,)), capacity, first.device, request)
+        return SitePlan(facts, (group,))
+
+    return replace(plan, sites=tuple(full(site) for site in plan.sites))
+
+
+def record_key(model_hash: str, compiled: CompiledModel, versions: dict[str, str]) -> str:
+    """What must be unchanged for a verification to be believed again."""
+    parts = {
+        "model": model_hash,
+        "plan": [asdict(site) for site in compiled.plan.sites],
+        "verify_tokens": compiled.spec.verify_tokens,
+        "versions": versions,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def original_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits [tokens, vocabulary] of the model as its author wrote it."""
+    with torch.no_grad():
+        out = model(input_ids=ids[None], use_cache=False) if is_huggingface(model) else model(ids[None])
+    logits = out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
+    return logits[0].float() if logits.dtype != torch.float64 else logits[0]
+
+
+def verify(compiled: CompiledModel, model: nn.Module, graph: torch.fx.GraphModule) -> Verification:
+    """Both comparisons; raises VerificationError beyond the tolerance.
+
+    graph: the outlined graph, to find the first site that differs.
+    """
+    dtype = compiled.plan.sites[0].site.dtype
+    room = compiled.plan.position_rows or 1 << 30
+    tokens = min(compiled.spec.verify_tokens, room)
+    ids = text_ids(tokens, compiled.vocabulary, compiled.tokenizer)
+    full = compiled.with_plan(full_plan(compiled.plan))
+    expected = original_logits(model, ids)
+    found = _prefill_and_steps(full, ids)
+    comparison = Comparison.of(expected, found)
+    bad = not (comparison.mean_kl <= KL_TOLERANCE[dtype]) or not (
+        comparison.max_logit_difference <= LOGIT_TOLERANCE.get(dtype, float("inf")) * max(1.0, float(expected.abs().max()) / 32)
+    )
+    if bad:
+        raise VerificationError(
+            Problem(
+                "verification",
+                f"policy full differs from the original model: {comparison.text()}. First difference: "
+                f"{first_difference(model, graph, full, ids)}.",
+                "Nothing was kept. This is a defect of kvcompile or an operator it misreads; `--dump DIR` writes what is needed to report it.",
+            )
+        )
+    return Verification(comparison, _approximation(compiled, full, tokens, room), dtype)
+
+
+def _prefill_and_steps(compiled: CompiledModel, ids: Tensor) -> Tensor:
+    """Logits of all tokens: two prefill chunks, then one token at a time."""
+    session = compiled.session()
+    steps = min(STEP_TOKENS, len(ids) // 2)
+    body = len(ids) - steps
+    parts = [session.prefill(ids[: body // 2], logits="all"), session.prefill(ids[body // 2 : body], logits="all")] if body > 1 else []
+    parts += [session.step(int(token))[None] for token in ids[body if body > 1 else 0 :]]
+    return torch.cat(parts)
+
+
+def _approximation(compiled: CompiledModel, full: CompiledModel, tokens: int, room: int) -> Comparison:
+    """The spec against full on the last `tokens` of a text of three times the widest window."""
+    windows = [zone.window_tokens for site in compiled.plan.sites for g in site.groups for zone in g.policy.zones if isinstance(zone, SinkRecent)]
+    narrow = [w for w in windows if w < 4096]
+    length = min(tokens + 2 * max(narrow, default=0), room, (compiled.plan.context_tokens or 1 << 30))
+    ids = text_ids(length, compiled.vocabulary, compiled.tokenizer)
+    first, second = (each.session().prefill(ids, logits="all")[-tokens:] for each in (full, compiled))
+    return Comparison.of(first, second)
+
+
+def first_difference(model: nn.Module, graph: torch.fx.GraphModule, full: CompiledModel, ids: Tensor) -> str:
+    """The path of the first site whose surroundings differ, comparing each module that owns a site with the original.
+
+    First the traced graph's attentions against the runtime's (a kernel or a store is wrong), then the original's
+    modules against a run with the traced attention (the trace is wrong).
+    """
+    traced: dict[int, Tensor] = {}
+
+    class Record(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            out = super().call_function(target, args, kwargs)
+            if target is ATTEND:
+                traced[args[4]] = out
+            return out
+
+    with torch.no_grad():
+        Record(graph).run(ids[None], torch.arange(len(ids))[None])
+    ran = _runtime_sites(full, ids)
+    for site in full.plan.sites:
+        index, path = site.site.index, site.site.path
+        difference = float((traced[index].float() - ran[index].float()).abs().max())
+        if not difference <= 1e-2 * max(1.0, float(traced[index].float().abs().max())):
+            return f"{path} (site {index}): the runtime's attention differs from the traced graph's by {difference:.2e}"
+    return _first_module_difference(model, full, ids)
+
+
+def _runtime_sites(full: CompiledModel, ids: Tensor) -> dict[int, Tensor]:
+    from kvcompile.runtime.model import PackedCall
+
+    session = full.session()
+    call = PackedCall(full.plan, [session], [0], [len(ids)], only_last=False)
+    found: dict[int, Tensor] = {}
+
+    def attend(site: int, *rest: Any) -> Tensor:
+        found[site] = call.attend(site, *rest)
+        return found[site]
+
+    with torch.no_grad():
+        full.program.run(ids[None], torch.arange(len(ids))[None], attend, None)
+    return found
+
+
+def _first_module_difference(model: nn.Module, full: CompiledModel, ids: Tensor) -> str:
+    """Runs the original twice, with its own attention and with `kvc.attend` in its place, and compares the owners' outputs."""
+    from kvcompile.passes.huggingface import attention_as_nodes
+
+    paths = [site.site.path for site in full.plan.sites]
+
+    def outputs() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        hooks = []
+        for path in paths:
+            try:
+                owner = model.get_submodule(path)
+            except AttributeError:
+                continue
+
+            def keep(_: nn.Module, __: Any, out: Any, path: str = path) -> None:
+                found[path] = (out[0] if isinstance(out, tuple) else out).float()
+
+            hooks.append(owner.register_forward_hook(keep))
+        try:
+            original_logits(model, ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    if not is_huggingface(model):
+        return "in a segment: every attention agrees, the logits do not"
+    expected = outputs()
+    with attention_as_nodes(model):
+        found = outputs()
+    for path in paths:
+        if path in expected:
+            difference = float((expected[path] - found[path]).abs().max())
+            if not difference <= 1e-2 * max(1.0, float(expected[path].abs().max())):
+                return f"{path}: the model's own attention differs from the traced one by {difference:.2e}"
+    return "in a segment: every attention agrees, the logits do not"

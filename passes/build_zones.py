@@ -1,0 +1,59 @@
+"""Build zones: the KV heads of a site that share a policy become one group, with zones that the site can hold.
+
+A layer with a sliding window of its own keeps that window whatever the policy says: the model was trained so, and no
+token outside it was ever visible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
+from kvcompile.ir.policy import HeadPolicy, SinkRecent
+from kvcompile.ir.sites import AttentionSite
+from kvcompile.ir.unit import Unit
+
+
+@dataclass(frozen=True)
+class BuildZones:
+    """KV heads with equal policies form a group; a model's own sliding window overrides the policy's zones."""
+
+    name: str = "build_zones"
+    requires: tuple[str, ...] = ("assign_policies",)
+
+    def run(self, unit: Unit) -> Unit:
+        sites = tuple(
+            SitePlan(site, _groups(site, [_at_site(policy, site) for policy in policies]))
+            for site, policies in zip(unit.sites, unit.policies, strict=True)
+        )
+        overridden = [site.path for site, policies in zip(unit.sites, unit.policies, strict=True) if site.sliding_window and policies]
+        notes = (f"{len(overridden)} layers keep the model's own sliding window whatever the policy",) if overridden else ()
+        seen: dict[int, int] = {}
+        for node in unit.graph.graph.find_nodes(op="get_attr"):
+            tensor = unit.graph.get_parameter(node.target) if _is_parameter(unit, node.target) else unit.graph.get_buffer(node.target)
+            seen[id(tensor)] = tensor.numel() * tensor.element_size()
+        return replace(unit, plan=Plan(sites, sum(seen.values()), unit.context_tokens, unit.position_rows, notes))
+
+    def ensures(self, unit: Unit) -> None:
+        assert unit.plan is not None and len(unit.plan.sites) == len(unit.sites)
+
+
+def _is_parameter(unit: Unit, target: str) -> bool:
+    try:
+        unit.graph.get_parameter(target)
+    except AttributeError:
+        return False
+    return True
+
+
+def _at_site(policy: HeadPolicy, site: AttentionSite) -> HeadPolicy:
+    if site.sliding_window is None:
+        return policy
+    return replace(policy, name=f"window {site.sliding_window}", zones=(SinkRecent(0, site.sliding_window),))
+
+
+def _groups(site: AttentionSite, policies: list[HeadPolicy]) -> tuple[HeadGroup, ...]:
+    members: dict[HeadPolicy, list[int]] = {}
+    for kv_head, policy in enumerate(policies):
+        members.setdefault(policy, []).append(kv_head)
+    return tuple(HeadGroup(tuple(kv_heads), policy) for policy, kv_heads in members.items())

@@ -1,0 +1,118 @@
+"""Make positions explicit: nothing but `position_ids` says where a token stands.
+
+1. `arange` over the token dimension, from 0 in steps of 1, becomes `position_ids[0]`.
+2. The number of tokens in the call may shape tensors; used as a *value* it would make a token's result depend on how
+   many tokens stand beside it, and is refused by its node.
+3. A table that is indexed by positions bounds every session (`position_rows`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kvcompile.ir.errors import Problem, UnsupportedGraphError
+from kvcompile.ir.graphs import depends_only_on
+from kvcompile.ir.show import node_text
+from kvcompile.ir.tokens import fake_value, is_size, path_of, token_dimensions
+from kvcompile.ir.unit import Unit
+
+_aten = torch.ops.aten
+_ARANGE = (_aten.arange.default, _aten.arange.start, _aten.arange.start_step)
+# operators whose size arguments only shape the result
+_SHAPING = frozenset(
+    {
+        _aten.view.default,
+        _aten.reshape.default,
+        _aten._unsafe_view.default,
+        _aten.expand.default,
+        _aten.slice.Tensor,
+        _aten.narrow.default,
+        _aten.repeat.default,
+        _aten.new_empty.default,
+        _aten.new_zeros.default,
+        _aten.new_ones.default,
+        _aten.new_full.default,
+        _aten.empty.memory_format,
+        _aten.zeros.default,
+        _aten.ones.default,
+        _aten.full.default,
+        _aten.unflatten.int,
+        _aten.split_with_sizes.default,
+    }
+)
+
+
+@dataclass(frozen=True)
+class MakePositionsExplicit:
+    """`arange` over tokens becomes the position input; the token count is a shape, never a value."""
+
+    name: str = "make_positions_explicit"
+    requires: tuple[str, ...] = ("canonicalise_attention",)
+
+    def run(self, unit: Unit) -> Unit:
+        graph = unit.graph.graph
+        _, position_ids = graph.find_nodes(op="placeholder")
+        for target in _ARANGE:
+            for node in graph.find_nodes(op="call_function", target=target):
+                if token_dimensions(fake_value(node)):
+                    _replace_arange(graph, node, position_ids)
+        graph.eliminate_dead_code()
+        for node in graph.nodes:
+            _refuse_size_as_value(self.name, node)
+        unit.graph.recompile()
+        return replace(unit, position_rows=_position_rows(graph, position_ids))
+
+    def ensures(self, unit: Unit) -> None:
+        for target in _ARANGE:
+            assert not any(token_dimensions(fake_value(n)) for n in unit.graph.graph.find_nodes(op="call_function", target=target))
+
+
+def _replace_arange(graph: torch.fx.Graph, node: torch.fx.Node, position_ids: torch.fx.Node) -> None:
+    start: Any = 0
+    step: Any = 1
+    if node.target is not _aten.arange.default:
+        start = node.args[0]
+        step = node.args[2] if len(node.args) > 2 else 1
+    if start != 0 or step != 1:
+        raise UnsupportedGraphError(
+            Problem(
+                f"make_positions_explicit: {path_of(node) or node.name}",
+                f"positions do not run from 0 in steps of 1: {node_text(node).strip()}",
+                "Let the model take position_ids as its second argument.",
+            )
+        )
+    value = fake_value(node)
+    with graph.inserting_before(node):
+        positions = graph.call_function(_aten.select.int, (position_ids, 0, 0))
+        cast = graph.call_function(_aten.to.dtype, (positions, value.dtype))
+    positions.meta = dict(node.meta, val=fake_value(position_ids)[0])
+    cast.meta = dict(node.meta, val=positions.meta["val"].to(value.dtype))
+    node.replace_all_uses_with(cast)
+    graph.erase_node(node)
+
+
+def _refuse_size_as_value(pass_name: str, node: torch.fx.Node) -> None:
+    if node.op != "call_function" or is_size(node) or node.target in _SHAPING:
+        return
+    sizes = [argument for argument in node.all_input_nodes if is_size(argument)]
+    if sizes:
+        raise UnsupportedGraphError(
+            Problem(
+                f"{pass_name}: {path_of(node) or node.name}",
+                f"the number of tokens in the call is used as a value: {node_text(node).strip()}",
+                "A token's result may depend on its position, never on how many tokens stand beside it.",
+            )
+        )
+
+
+def _position_rows(graph: torch.fx.Graph, position_ids: torch.fx.Node) -> int | None:
+    """Rows of the smallest table that positions index (learnt positions); None when positions are only computed with."""
+    rows = [
+        int(fake_value(node.args[0]).shape[0])
+        for node in graph.find_nodes(op="call_function", target=_aten.embedding.default)
+        if depends_only_on(node.args[1], position_ids)
+    ]
+    return min(rows, default=None)

@@ -1,0 +1,54 @@
+"""Request kernels: what each group needs computed, without naming its layer, so that equal layers share one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kvcompile.ir.plan import HeadGroup
+from kvcompile.ir.policy import All, SinkRecent
+from kvcompile.ir.request import KernelRequest
+from kvcompile.ir.sites import AttentionSite
+from kvcompile.ir.unit import Unit
+
+
+@dataclass(frozen=True)
+class RequestKernels:
+    """One `KernelRequest` for each group of KV heads; equal groups of other layers ask for the same."""
+
+    name: str = "request_kernels"
+    requires: tuple[str, ...] = ("place",)
+
+    def run(self, unit: Unit) -> Unit:
+        assert unit.plan is not None
+        sites = tuple(
+            replace(site, groups=tuple(replace(group, request=_request(site.site, group)) for group in site.groups))
+            for site in unit.plan.sites
+        )
+        return replace(unit, plan=replace(unit.plan, sites=sites))
+
+    def ensures(self, unit: Unit) -> None:
+        assert unit.plan is not None
+        assert all(group.request is not None for site in unit.plan.sites for group in site.groups)
+
+
+def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest:
+    (zone,) = group.policy.zones
+    match zone:
+        case All():
+            sink_tokens, recent_tokens = 0, None
+        case SinkRecent():
+            sink_tokens, recent_tokens = zone.sink_tokens, zone.recent_tokens
+    return KernelRequest(
+        kind="attend_spans",
+        device=group.device,
+        head_dim=site.head_dim,
+        value_dim=site.value_dim,
+        queries_per_kv=site.queries_per_kv,
+        compute_dtype="float64" if site.dtype == "float64" else "float32",
+        store_dtype=group.policy.store.dtype or site.dtype,
+        scale=site.scale,
+        soft_cap=site.soft_cap,
+        learnt_sinks=site.learnt_sinks,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+    )

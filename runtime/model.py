@@ -1,0 +1,312 @@
+"""A compiled model: a program, a plan and the sessions that run on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
+from kvcompile.ir.policy import All, HeadPolicy, SinkRecent
+from kvcompile.ir.spec import Spec
+from kvcompile.runtime.attend import attend_spans
+from kvcompile.runtime.growable import GrowableStore
+from kvcompile.runtime.merge import AttentionState, merge_states
+from kvcompile.runtime.program import Program
+from kvcompile.runtime.ring import RingStore
+from kvcompile.runtime.session import Session, Tokens, as_token_ids
+from kvcompile.runtime.store import KVStore
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `CompiledModel.complete` made.  Seconds are wall time; stored_bytes is the session's at the end."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    prefill_s: float
+    decode_s: float
+    stored_bytes: int
+    stopped: bool
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens a second after the first, which the prefill gives; 0.0 when there is no second token."""
+        return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 and self.decode_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """The decoder that `kvcompile.compile` returns.  Holds no sequence's state; `session()` makes one.
+
+    vocabulary:   number of logits.
+    stop_tokens:  ids that end `generate`.
+    verification: what the compile proved (None when it was switched off by `verify.tokens: 0`).
+    timings:      seconds of each stage of the compile.
+    """
+
+    program: Program
+    plan: Plan
+    spec: Spec
+    vocabulary: int
+    name: str = "module"
+    tokenizer: Any = None
+    stop_tokens: frozenset[int] = frozenset()
+    verification: Any = None
+    timings: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    explanation: Callable[[CompiledModel], str] | None = None
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.spec.prefill_chunk_tokens
+
+    def with_plan(self, plan: Plan) -> CompiledModel:
+        """The same program with other memory: segments do not know the plan."""
+        return replace(self, plan=plan)
+
+    def session(self) -> Session:
+        """An empty session."""
+        return Session(self, [[_make_store(site, group) for group in site.groups] for site in self.plan.sites], [])
+
+    @torch.no_grad()
+    def forward(self, batch: Sequence[tuple[Session, Tensor]], *, logits_of: str = "last") -> Tensor:
+        """One pass over the packed tokens of several sessions: `[(session, ids [n]), ...]`.
+
+        Returns float32 logits: one row a session (its last token), or with logits_of="all" one row a token, sessions in
+        order.  A call that fails leaves every session as it was, or broken with a message, never half advanced.
+        """
+        sessions = [session for session, _ in batch]
+        if len(set(map(id, sessions))) != len(sessions):
+            raise SessionError(Problem("step", "a session stands twice in one call.", "Fork it, or call once for each token."))
+        for session, ids in batch:
+            if session.model.program is not self.program:
+                raise SessionError(Problem("step", "a session of another model.", "Use sessions that this model made."))
+            session.check_usable()
+            session.check_room(len(ids))
+        if self.spec.target.deterministic and len(batch) > 1:
+            return torch.cat([self.forward([one], logits_of=logits_of) for one in batch])
+        before = [len(session) for session in sessions]
+        lengths = [len(ids) for _, ids in batch]
+        ends = torch.tensor(lengths).cumsum(0)
+        wanted = ends - 1 if logits_of == "last" else None
+        positions = torch.cat([torch.arange(start, start + n) for start, n in zip(before, lengths, strict=True)])
+        call = PackedCall(self.plan, sessions, before, lengths, only_last=logits_of == "last")
+        try:
+            input_ids = torch.cat([ids for _, ids in batch])[None]
+            logits = self.program.run(input_ids, positions[None], call.attend, wanted)[0].float()
+        except BaseException as error:
+            for session, length in zip(sessions, before, strict=True):
+                session.restore_after_failure(length, error)
+            raise
+        for session, ids in batch:
+            session.tokens.extend(ids.tolist())
+        return logits
+
+    def step(self, sessions: Sequence[Session], tokens: Tokens) -> Tensor:
+        """One token for each session, in one pass; lengths may differ.  Returns float32 `[sessions, vocabulary]`."""
+        ids = as_token_ids(tokens, self.vocabulary)
+        if len(ids) != len(sessions):
+            raise SessionError(
+                Problem("step", f"{len(ids)} tokens for {len(sessions)} sessions.", "Give one token for each session.")
+            )
+        return self.forward([(session, ids[place : place + 1]) for place, session in enumerate(sessions)])
+
+    def complete(
+        self,
+        prompt: str | Tokens,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stop: Iterable[str] = (),
+        chat: bool = False,
+        on_text: Callable[[str], None] | None = None,
+        session: Session | None = None,
+    ) -> Generation:
+        """Continue a prompt; see `generate`.  Returns the text with what it cost."""
+        if max_new_tokens < 1:
+            raise SessionError(Problem("max_new_tokens", f"{max_new_tokens} is less than 1.", "Ask for at least one token."))
+        if temperature < 0:
+            raise SessionError(Problem("temperature", f"{temperature} is negative.", "0 is greedy; 1 samples the model's distribution."))
+        ids = self._prompt_ids(prompt, chat)
+        session = session or self.session()
+        generator = torch.Generator().manual_seed(self.spec.seed if seed is None else seed)
+        started = time.perf_counter()
+        logits = session.prefill(ids)
+        prefilled = time.perf_counter()
+        writer = _TextWriter(self.tokenizer, tuple(stop), on_text)
+        stopped = False
+        while True:
+            token = _choose(logits, temperature, generator)
+            stopped = token in self.stop_tokens or writer.add(token)
+            if stopped or len(writer.tokens) >= max_new_tokens:
+                break
+            logits = session.step(token)
+        finished = time.perf_counter()
+        text = writer.finish()
+        return Generation(text, tuple(writer.tokens), len(ids), prefilled - started, finished - prefilled, session.nbytes(), stopped)
+
+    def generate(self, prompt: str | Tokens, **options: Any) -> str:
+        """The text that continues `prompt` (a string, or token ids).
+
+        max_new_tokens=64; temperature=0.0 is greedy; seed (default: the spec's); stop: strings that end the text;
+        chat=True wraps the prompt in the model's chat template; on_text is called with each piece of text as it comes;
+        session continues an existing session.  The model's stop tokens end the text and are not part of it.
+        """
+        return self.complete(prompt, **options).text
+
+    def explain(self) -> str:
+        """The plan, what was proved, and where the time went, as text."""
+        if self.explanation is None:
+            return f"{self.name}: {len(self.plan.sites)} attention sites, {self.plan.weight_bytes} bytes of weights"
+        return self.explanation(self)
+
+    def _prompt_ids(self, prompt: str | Tokens, chat: bool) -> Tensor:
+        if not isinstance(prompt, str):
+            return as_token_ids(prompt, self.vocabulary)
+        if self.tokenizer is None:
+            raise SessionError(Problem("prompt", "the model has no tokenizer.", "Give token ids, or pass tokenizer= to kvcompile.compile."))
+        if chat:
+            ids = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+            ids = ids["input_ids"] if hasattr(ids, "keys") else ids
+        else:
+            ids = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise SessionError(Problem("prompt", "the prompt is empty.", "Give at least one token."))
+        return as_token_ids(ids, self.vocabulary)
+
+
+@dataclass(frozen=True)
+class PackedCall:
+    """Which rows of a packed call belong to which session, and the attention of all of them at one site."""
+
+    plan: Plan
+    sessions: list[Session]
+    before: list[int]
+    lengths: list[int]
+    only_last: bool
+
+    def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, final: bool) -> Tensor:
+        """out [1, rows, query_heads, value_dim]; rows are all tokens, at the final site only those whose logits are wanted."""
+        plan = self.plan.sites[site]
+        facts = plan.site
+        last_only = final and self.only_last
+        rows = len(self.sessions) if last_only else sum(self.lengths)
+        out = query.new_empty(1, rows, facts.query_heads, facts.value_dim)
+        start = row = 0
+        for session, before, length in zip(self.sessions, self.before, self.lengths, strict=True):
+            skip = length - 1 if last_only else 0
+            query_KGSD = query[0, :, start + skip : start + length].unflatten(0, (facts.kv_heads, facts.queries_per_kv))
+            out_SKGE = out[0, row : row + length - skip].unflatten(1, (facts.kv_heads, facts.queries_per_kv))
+            for group, store in zip(plan.groups, session.stores(site), strict=True):
+                heads = _as_index(group.kv_heads, facts.kv_heads)
+                spans = store.extend(key[0, heads, start : start + length], value[0, heads, start : start + length])
+                assert group.request is not None
+                state = attend_spans(
+                    query_KGSD[heads],
+                    spans,
+                    before + skip,
+                    sink_tokens=group.request.sink_tokens,
+                    recent_tokens=group.request.recent_tokens,
+                    scale=facts.scale,
+                    soft_cap=facts.soft_cap,
+                )
+                if sinks is not None:
+                    state = _with_learnt_sinks(state, sinks.unflatten(0, (facts.kv_heads, facts.queries_per_kv))[heads])
+                out_SKGE[:, heads] = state.out.permute(2, 0, 1, 3).to(out.dtype)
+            start += length
+            row += length - skip
+        return out
+
+
+def _as_index(kv_heads: tuple[int, ...], all_heads: int) -> slice | list[int]:
+    """A slice where the heads are consecutive, so that nothing is copied."""
+    first, last = kv_heads[0], kv_heads[-1]
+    return slice(first, last + 1) if kv_heads == tuple(range(first, last + 1)) else list(kv_heads)
+
+
+def _with_learnt_sinks(state: AttentionState, sinks_HG: Tensor) -> AttentionState:
+    """One more logit in the denominator: a zone with output 0 and that log-sum-exp."""
+    lse = sinks_HG[:, :, None].to(state.lse.dtype).expand_as(state.lse)
+    return merge_states(state, AttentionState(torch.zeros_like(state.out), lse))
+
+
+def _make_store(site: SitePlan, group: HeadGroup) -> KVStore:
+    facts = site.site
+    dtype: torch.dtype = getattr(torch, group.policy.store.dtype or facts.dtype)
+    heads = len(group.kv_heads)
+    (zone,) = group.policy.zones
+    match zone:
+        case All():
+            assert group.capacity_tokens is not None
+            return GrowableStore(heads, facts.head_dim, facts.value_dim, dtype, group.capacity_tokens)
+        case SinkRecent():
+            return RingStore(
+                heads, facts.head_dim, facts.value_dim, dtype, zone.sink_tokens, zone.recent_tokens, group.policy.rollback_tokens
+            )
+
+
+def full_policy() -> HeadPolicy:
+    """Every KV head keeps every token."""
+    return HeadPolicy("full", (All(),))
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    weights = torch.softmax(logits / temperature, dim=-1)
+    return int(torch.multinomial(weights, 1, generator=generator))
+
+
+class _TextWriter:
+    """Turns tokens into text as they come: whole characters only, stop strings cut off."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], on_text: Callable[[str], None] | None) -> None:
+        self.tokens: list[int] = []
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._on_text = on_text
+        self._shown = 0
+        self._text = ""
+
+    def add(self, token: int) -> bool:
+        """Take one more token; True when a stop string ends the text here."""
+        self.tokens.append(token)
+        if self._tokenizer is None or not (self._stop or self._on_text):
+            return False
+        text: str = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        self._text = text[: min(found)] if found else text
+        held = 0 if found else self._held_back(self._text)
+        self._show(len(self._text) - held)
+        return bool(found)
+
+    def finish(self) -> str:
+        if self._tokenizer is None:
+            return ""
+        if not (self._stop or self._on_text):
+            self._text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        self._show(len(self._text))
+        return self._text
+
+    def _held_back(self, text: str) -> int:
+        """Characters that may still change: half a character, or the beginning of a stop string."""
+        if text.endswith("�"):
+            return 1
+        return max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+    def _show(self, upto: int) -> None:
+        if self._on_text is not None and upto > self._shown:
+            self._on_text(self._text[self._shown : upto])
+            self._shown = upto

@@ -1,0 +1,132 @@
+"""A program: the outlined graph as a flat list of steps, segments and sites in turn, and what runs it.
+
+Batch is 1 and all sessions' tokens are packed along the token dimension, each with its own position.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir.attend_op import ATTEND
+from kvcompile.ir.tokens import fake_value, token_dimensions
+
+
+@dataclass(frozen=True)
+class CallSegment:
+    """Run a segment: values in slots `inputs` to values in slots `outputs`; `frees` are not needed afterwards.
+
+    token_dims: for each input the dimension that counts tokens, or None (weights, tables).
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    frees: tuple[int, ...]
+    token_dims: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Attend:
+    """Attend at a site: slots of query, key, value, learnt sinks (None when the model has none), and of the result."""
+
+    site: int
+    query: int
+    key: int
+    value: int
+    learnt_sinks: int | None
+    output: int
+
+
+# (site, query [1, query_heads, tokens, head_dim], key, value, learnt_sinks, only wanted rows) -> [1, rows, query_heads, value_dim]
+AttendFunction = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Steps over numbered slots.  weights: slot to tensor; slots 0 and 1 are input_ids and position_ids."""
+
+    steps: tuple[CallSegment | Attend, ...]
+    segments: Mapping[str, Callable[..., tuple[Tensor, ...]]]
+    weights: Mapping[int, Tensor]
+    result: int
+
+    @classmethod
+    def from_graph(cls, module: torch.fx.GraphModule) -> Program:
+        """The steps of a graph that `outline_segments` made."""
+        slots = {node: slot for slot, node in enumerate(module.graph.find_nodes(op="placeholder"))}
+        weights: dict[int, Tensor] = {}
+        steps: list[CallSegment | Attend] = []
+        last_use = {source: node for node in module.graph.nodes for source in node.all_input_nodes}
+        for node in module.graph.nodes:
+            if node.op == "output" or node in slots:
+                continue
+            slots[node] = len(slots)
+            if node.op == "get_attr":
+                weights[slots[node]] = _attribute(module, node.target)
+            elif node.op == "call_module":
+                parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+                for place in range(len(parts)):
+                    slots[parts[place]] = len(slots)
+                arguments: tuple[Any, ...] = node.args
+                steps.append(
+                    CallSegment(
+                        name=node.target,
+                        inputs=tuple(slots[argument] for argument in arguments),
+                        outputs=tuple(slots[parts[place]] for place in range(len(parts))),
+                        frees=tuple(slots[a] for a in dict.fromkeys(arguments) if last_use[a] is node and a.op == "call_function"),
+                        token_dims=tuple(_token_dim(argument) for argument in arguments),
+                    )
+                )
+            elif node.target is ATTEND:
+                query, key, value, sinks, site = node.args[:5]
+                steps.append(Attend(site, slots[query], slots[key], slots[value], slots[sinks] if sinks else None, slots[node]))
+        (output,) = module.graph.find_nodes(op="output")
+        names = {step.name for step in steps if isinstance(step, CallSegment)}
+        segments = {name: module.get_submodule(name).forward for name in names}
+        return cls(tuple(steps), segments, weights, slots[output.args[0]])
+
+    def run(self, input_ids: Tensor, position_ids: Tensor, attend: AttendFunction, wanted: Tensor | None) -> Tensor:
+        """Logits [1, rows, vocabulary] of the tokens numbered by `wanted` [rows] (None: of all tokens).
+
+        input_ids, position_ids: [1, tokens] int64.  The last site is asked for the wanted rows only, and the last
+        segment runs on them only: logits of 8,192 tokens over 49,152 words would be 1.6 GB.
+        """
+        values: dict[int, Tensor] = dict(self.weights)
+        values[0], values[1] = input_ids, position_ids
+        final_site = max((place for place, step in enumerate(self.steps) if isinstance(step, Attend)), default=-1)
+        for place, step in enumerate(self.steps):
+            if isinstance(step, Attend):
+                sinks = values[step.learnt_sinks] if step.learnt_sinks is not None else None
+                query, key, value = values.pop(step.query), values.pop(step.key), values.pop(step.value)
+                values[step.output] = attend(step.site, query, key, value, sinks, place == final_site)
+                continue
+            inputs = [values[slot] for slot in step.inputs]
+            if wanted is not None and place > final_site:
+                attended = self.steps[final_site].output  # type: ignore[union-attr]
+                for number, (slot, dim) in enumerate(zip(step.inputs, step.token_dims, strict=True)):
+                    if dim is not None and slot != attended:
+                        inputs[number] = inputs[number].index_select(dim, wanted)
+            for slot, out in zip(step.outputs, self.segments[step.name](*inputs), strict=True):
+                values[slot] = out
+            for slot in step.frees:
+                del values[slot]
+        return values[self.result]
+
+
+def _token_dim(node: torch.fx.Node) -> int | None:
+    dims = token_dimensions(fake_value(node))
+    return dims[0] if dims else None
+
+
+def _attribute(module: torch.fx.GraphModule, target: str) -> Tensor:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value

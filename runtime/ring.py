@@ -1,0 +1,172 @@
+"""A store of constant size: the first tokens and the last ones (attention sinks and a recent window).
+
+Letters: H KV heads, S new tokens, C slots, D head_dim, E value_dim.
+Source: StreamingLLM (Xiao et al. 2023, section 3.2), with absolute positions as in DuoAttention (2024, section 3.3).
+
+Position p has slot p while p < sink_tokens, and otherwise sink_tokens + (p - sink_tokens) mod window, where window =
+recent_tokens + rollback_tokens.  So as long as no more than C tokens were given, slot = position.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.runtime.address_space import reserve
+from kvcompile.runtime.spans import Span
+from kvcompile.runtime.store import rollback_range_problem
+
+HEAD_ALIGNMENT_BYTES = 64  # a cache line; not a page, which would round a small ring up by several per cent
+
+
+class RingStore:
+    """The tokens that a sink + recent policy can still see, for the KV heads of one group.
+
+    sink_tokens: the first ones, kept for ever (0 is allowed).  recent_tokens: the window, the query's own token
+    included.  rollback_tokens: how many slots more there are, so that a rollback finds what it needs.
+    dtype: what keys and values are kept in.  Raises CapacityError when the system refuses address space.
+    """
+
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        sink_tokens: int,
+        recent_tokens: int,
+        rollback_tokens: int = 0,
+    ) -> None:
+        assert min(kv_heads, head_dim, value_dim, recent_tokens) > 0
+        assert min(sink_tokens, rollback_tokens) >= 0
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.value_dim = value_dim
+        self.dtype = dtype
+        self.sink_tokens = sink_tokens
+        self.recent_tokens = recent_tokens
+        self.rollback_tokens = rollback_tokens
+        self._window = recent_tokens + rollback_tokens
+        self._slots = sink_tokens + self._window
+        self._tokens = 0
+        # The largest `tokens` since which nothing was forgotten: position p >= sink_tokens still has its slot exactly
+        # when p >= _high - _window.  A rollback does not lower it once the ring has wrapped.
+        self._high = 0
+        key_bytes, value_bytes = (_aligned(self._slots * dim * dtype.itemsize) for dim in (head_dim, value_dim))
+        region = reserve(kv_heads * (key_bytes + value_bytes))
+        keys, values = (part.view(dtype) for part in region.split_with_sizes([kv_heads * key_bytes, kv_heads * value_bytes]))
+        self._key_HCD = keys.view(kv_heads, -1)[:, : self._slots * head_dim].unflatten(1, (self._slots, head_dim))
+        self._value_HCE = values.view(kv_heads, -1)[:, : self._slots * value_dim].unflatten(1, (self._slots, value_dim))
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    def extend(self, key_HSD: Tensor, value_HSE: Tensor) -> tuple[Span, ...]:
+        """Appends S tokens and returns spans over every key that one of them may see, in position order.
+
+        key_HSD: [H, S, D]; value_HSE: [H, S, E]; any strides and dtype.
+        1. While nothing was overwritten: one span from position 0, a view laid out as in a growable store.
+        2. Else, if S <= rollback_tokens + 1: the sinks and one or two window spans, views of the ring.
+        3. Else: the sinks, a copy of the window before the chunk, and the chunk.
+        The spans are valid until the store changes again.
+        """
+        first, new = self._tokens, key_HSD.shape[1]
+        end = first + new
+        assert key_HSD.shape == (self.kv_heads, new, self.head_dim), (key_HSD.shape, self.kv_heads, self.head_dim)
+        assert value_HSE.shape == (self.kv_heads, new, self.value_dim), (value_HSE.shape, self.kv_heads, self.value_dim)
+        oldest = max(self.sink_tokens, first + 1 - self.recent_tokens)  # what the first new query sees behind the sinks
+        if max(self._high, end) <= self._slots:  # rule 1
+            self._write(first, key_HSD, value_HSE)
+            return self._views(0, end)
+        if new <= self.rollback_tokens + 1:  # rule 2: the new tokens overwrite only what the first query cannot see
+            self._write(first, key_HSD, value_HSE)
+            return self._views(0, min(self.sink_tokens, end)) + self._views(oldest, end)
+        before = tuple(Span(span.first, span.key_HTD.clone(), span.value_HTE.clone()) for span in self._views(oldest, first))
+        key_HSD, value_HSE = key_HSD.to(self.dtype).contiguous(), value_HSE.to(self.dtype).contiguous()
+        self._write(first, key_HSD, value_HSE)
+        skip = max(0, self.sink_tokens - first)  # new tokens that are sinks
+        chunk = Span(first + skip, key_HSD[:, skip:], value_HSE[:, skip:])
+        return self._views(0, self.sink_tokens) + before + (chunk,)
+
+    def can_rollback(self, tokens: int) -> Problem | None:
+        """Possible when everything that the next query would see is still held.
+
+        That is: always while the ring has not overflowed; then down to rollback_tokens + 1 below the longest length
+        reached; and always to sink_tokens or less.
+        """
+        problem = rollback_range_problem(tokens, self._tokens)
+        if problem is not None or self._high <= self._slots:
+            return problem
+        keep = self._tokens - tokens
+        lowest = self._high - self._window + self.recent_tokens - 1
+        if keep >= lowest or keep <= self.sink_tokens:
+            return None
+        return Problem(
+            f"rollback({tokens})",
+            f"a ring of {self.sink_tokens} sink + {self.recent_tokens} recent tokens that has held {self._high} tokens can take back "
+            f"{self._tokens - lowest} of its {self._tokens}, not {tokens}: what they would see is overwritten.",
+            f"Write `rollback: {self._high - keep}` in the policy, which enlarges its rings by as many tokens, or fork the session "
+            "before the tokens that may be taken back.",
+        )
+
+    def rollback(self, tokens: int) -> None:
+        """Takes back the last `tokens` tokens; raises SessionError, before anything changed, where can_rollback objects."""
+        problem = self.can_rollback(tokens)
+        if problem is not None:
+            raise SessionError(problem)
+        self._tokens -= tokens
+        if self._high <= self._slots or self._tokens <= self.sink_tokens:
+            self._high = self._tokens  # everything below is held, so the ring starts anew from here
+
+    def fork(self) -> RingStore:
+        """A store with a copy of the slots in use."""
+        child = RingStore(
+            self.kv_heads, self.head_dim, self.value_dim, self.dtype, self.sink_tokens, self.recent_tokens, self.rollback_tokens
+        )
+        used = min(self._high, self._slots)
+        child._key_HCD[:, :used].copy_(self._key_HCD[:, :used])
+        child._value_HCE[:, :used].copy_(self._value_HCE[:, :used])
+        child._tokens, child._high = self._tokens, self._high
+        return child
+
+    def nbytes(self) -> int:
+        return min(self._high, self._slots) * self.kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+    def shared_nbytes(self) -> int:
+        return 0
+
+    def _write(self, first: int, key_HSD: Tensor, value_HSE: Tensor) -> None:
+        """Writes the tokens that keep a slot: the sinks among them and the last `window` of the others."""
+        end = first + key_HSD.shape[1]
+        for lo, hi in ((first, min(end, self.sink_tokens)), (max(first, self.sink_tokens, end - self._window), end)):
+            for slot, at, count in self._runs(lo, hi):
+                self._key_HCD.narrow(1, slot, count).copy_(key_HSD.narrow(1, at - first, count))
+                self._value_HCE.narrow(1, slot, count).copy_(value_HSE.narrow(1, at - first, count))
+        self._tokens = end
+        self._high = max(self._high, end)
+
+    def _views(self, first: int, end: int) -> tuple[Span, ...]:
+        return tuple(
+            Span(at, self._key_HCD.narrow(1, slot, count), self._value_HCE.narrow(1, slot, count))
+            for slot, at, count in self._runs(first, end)
+        )
+
+    def _runs(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """Positions [first, end), at most one round of the ring, as (slot, first position, tokens) of contiguous slots."""
+        if end <= first:
+            return []
+        if end <= self._slots:
+            return [(first, first, end - first)]
+        assert self.sink_tokens <= first < end <= first + self._window, (first, end)
+        slot = self.sink_tokens + (first - self.sink_tokens) % self._window
+        count = min(end - first, self._slots - slot)
+        runs = [(slot, first, count)]
+        if count < end - first:
+            runs.append((self.sink_tokens, first + count, end - first - count))
+        return runs
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // HEAD_ALIGNMENT_BYTES) * HEAD_ALIGNMENT_BYTES

@@ -1,0 +1,152 @@
+"""A session: one sequence's memory.  All state lives here, none in modules."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.runtime.store import KVStore
+
+if TYPE_CHECKING:
+    from kvcompile.runtime.model import CompiledModel
+
+Tokens: TypeAlias = int | Sequence[int] | Tensor
+
+
+def as_token_ids(tokens: Tokens, vocabulary: int | None = None) -> Tensor:
+    """Token ids as a 1-D int64 tensor.
+
+    Takes an int, a list or tuple of ints, or a 1-D integer tensor ([1, n] as tokenizers return it is taken too).
+    Raises SessionError for no token at all, another shape, fractions, or an id outside the vocabulary.
+    """
+    mend = "Give an int, a list or tuple of ints, or a 1-D integer tensor."
+    try:
+        ids = torch.as_tensor([tokens] if isinstance(tokens, int) else tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SessionError(Problem("tokens", f"cannot be read as token ids ({error}).", mend)) from error
+    if ids.dim() == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.numel() == 0:
+        raise SessionError(Problem("tokens", "there is no token.", "Give at least one token."))
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise SessionError(Problem("tokens", f"a tensor of shape {list(ids.shape)} and {ids.dtype} is not a list of token ids.", mend))
+    ids = ids.to(torch.int64)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        wrong = low if low < 0 else high
+        raise SessionError(Problem("tokens", f"token id {wrong} is not in the vocabulary (0 to {(vocabulary or 0) - 1}).", mend))
+    return ids
+
+
+class Session:
+    """One sequence's memory: a store for each group of KV heads at each site.
+
+    Made by `CompiledModel.session()` or `fork()`.  `tokens` holds the ids it has read.
+    """
+
+    def __init__(self, model: CompiledModel, stores: list[list[KVStore]], tokens: list[int]) -> None:
+        self.model = model
+        self.tokens = tokens
+        self._stores = stores
+        self._broken: str | None = None
+
+    def __len__(self) -> int:
+        """How many tokens the session has read."""
+        return len(self.tokens)
+
+    def prefill(self, tokens: Tokens, *, logits: str = "last") -> Tensor:
+        """Read tokens, in chunks of `prefill.chunk_tokens`; the result does not depend on the chunk size.
+
+        Returns the last position's logits, float32 `[vocabulary]`; with logits="all" every position's, float32
+        `[tokens, vocabulary]`.  Raises SessionError for no tokens, ids outside the vocabulary, too long a context.
+        """
+        if logits not in ("last", "all"):
+            raise SessionError(Problem("logits", f"{logits!r} is not known.", 'Write "last" or "all".'))
+        ids = as_token_ids(tokens, self.model.vocabulary)
+        parts = []
+        for chunk in ids.split(self.model.chunk_tokens):
+            out = self.model.forward([(self, chunk)], logits_of="all" if logits == "all" else "last")
+            parts.append(out)
+        return torch.cat(parts) if logits == "all" else parts[-1][-1]
+
+    def step(self, token: Tokens) -> Tensor:
+        """Read one token; returns the next token's logits, float32 `[vocabulary]`."""
+        ids = as_token_ids(token, self.model.vocabulary)
+        if len(ids) != 1:
+            raise SessionError(Problem("step", f"takes one token, not {len(ids)}.", "Use prefill for several tokens."))
+        return self.model.forward([(self, ids)])[0]
+
+    def fork(self) -> Session:
+        """A second session with the same past, which both may continue.
+
+        Costs no bytes for growable stores (the child reads the parent's tokens) and a copy of the rings.
+        """
+        self.check_usable()
+        child = Session(self.model, [[store.fork() for store in stores] for stores in self._stores], list(self.tokens))
+        return child
+
+    def rollback(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens, as if they had never been read.
+
+        Raises SessionError, and changes nothing, beyond the start or beyond what a ring still holds (`rollback: n` in
+        a streaming policy makes its rings hold n more tokens).
+        """
+        self.check_usable()
+        if not 0 <= tokens <= len(self):
+            raise SessionError(
+                Problem("rollback", f"cannot take back {tokens} of {len(self)} tokens.", f"Give a number from 0 to {len(self)}.")
+            )
+        problems = [problem for stores in self._stores for store in stores if (problem := store.can_rollback(tokens))]
+        if problems:
+            raise SessionError(problems[0])
+        for stores in self._stores:
+            for store in stores:
+                store.rollback(tokens)
+        del self.tokens[len(self) - tokens :]
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values that this session holds itself; 0 for an empty one and for a fresh fork's shared past."""
+        return sum(store.nbytes() for stores in self._stores for store in stores)
+
+    def shared_nbytes(self) -> int:
+        """Bytes of keys and values that it reads from the sessions it was forked from."""
+        return sum(store.shared_nbytes() for stores in self._stores for store in stores)
+
+    def stores(self, site: int) -> list[KVStore]:
+        """The stores of a site, one for each of the plan's head groups."""
+        return self._stores[site]
+
+    def check_usable(self) -> None:
+        """Raises SessionError when an interrupted call left the session without a consistent memory."""
+        if self._broken:
+            raise SessionError(Problem("session", self._broken, "Start a new session, or fork before risky calls."))
+
+    def check_room(self, tokens: int) -> None:
+        """Raises SessionError when a model with learnt positions has none left; warns once beyond the declared context."""
+        plan, length = self.model.plan, len(self) + tokens
+        if plan.position_rows is not None and length > plan.position_rows:
+            raise SessionError(
+                Problem(
+                    "session",
+                    f"{length} tokens do not fit: the model has learnt positions for {plan.position_rows}.",
+                    "Start a new session, or roll back.",
+                )
+            )
+        if plan.context_tokens is not None and len(self) <= plan.context_tokens < length:
+            warnings.warn(f"beyond the {plan.context_tokens} tokens that the model was made for", stacklevel=4)
+
+    def restore_after_failure(self, length: int, cause: BaseException) -> None:
+        """Bring every store back to `length` tokens after a call that did not finish; break the session if a ring cannot."""
+        for stores in self._stores:
+            for store in stores:
+                surplus = store.tokens - length
+                if surplus > 0 and store.can_rollback(surplus) is not None:
+                    self._broken = f"a call was interrupted ({type(cause).__name__}) after it had overwritten part of a ring."
+                    return
+                if surplus > 0:
+                    store.rollback(surplus)

@@ -1,0 +1,62 @@
+"""What every store of keys and values can do.
+
+Letters: H KV heads, S new tokens, D head_dim, E value_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from kvcompile.ir.errors import Problem
+from kvcompile.runtime.spans import Span
+
+
+class KVStore(Protocol):
+    """Keys and values of the KV heads that share a policy, for one session.
+
+    tokens: how many tokens the session has given, whether or not the store still holds them.
+    """
+
+    @property
+    def tokens(self) -> int: ...
+
+    def extend(self, key_HSD: Tensor, value_HSE: Tensor) -> tuple[Span, ...]:
+        """Appends S tokens (converted to the store's dtype) and returns spans, in position order, that cover every
+        key the S new queries may see, themselves included.  The spans are valid until the store changes again."""
+        ...
+
+    def can_rollback(self, tokens: int) -> Problem | None:
+        """What stands against taking back the last `tokens` tokens; None if nothing does.  Changes nothing."""
+        ...
+
+    def rollback(self, tokens: int) -> None:
+        """Takes back the last `tokens` tokens: as if they had never been appended.
+
+        Raises SessionError, before anything changed, when `can_rollback` names a problem.
+        """
+        ...
+
+    def fork(self) -> KVStore:
+        """An independent store with the same tokens; neither sees what the other does later."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes of the tokens held in memory that this store writes."""
+        ...
+
+    def shared_nbytes(self) -> int:
+        """Bytes of the tokens that this store reads from memory of the stores it was forked from."""
+        ...
+
+
+def rollback_range_problem(tokens: int, held_tokens: int) -> Problem | None:
+    """The problem that every store has with taking back a negative number of tokens, or more than there are."""
+    if 0 <= tokens <= held_tokens:
+        return None
+    return Problem(
+        f"rollback({tokens})",
+        f"the session has {held_tokens} tokens; {tokens} cannot be taken back.",
+        f"Take back between 0 and {held_tokens} tokens.",
+    )

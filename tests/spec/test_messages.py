@@ -1,0 +1,345 @@
+"""What a user is told: the text of every kind of mistake."""
+
+import json
+import os
+
+import pytest
+
+from kvcompile.ir.errors import SpecError
+from kvcompile.spec import load_spec
+from kvcompile.spec.patterns import write_pattern
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    config = {"model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    write_pattern(tmp_path / "good.yaml", model="toy", scores=[[0.1, 0.2, 0.3]] * 4)
+    write_pattern(tmp_path / "short.yaml", model="toy", scores=[[0.1, 0.2, 0.3]] * 3)
+    write_pattern(tmp_path / "other.yaml", model="toy", scores=[[0.1, 0.2, 0.3]] * 4, model_hash="0123")
+    (tmp_path / "nan.yaml").write_text("kvcompile_pattern: 1\nlayers: 1\nkv_heads: 2\nscores:\n  - [0.5, .nan]\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def told(text, overrides=()):
+    with open("s.yaml", "w", encoding="utf-8") as file:
+        file.write(text)
+    with pytest.raises(SpecError) as caught:
+        load_spec("s.yaml", overrides=overrides)
+    message = str(caught.value)
+    for jargon in ("Input should", "pydantic", "type=", "Traceback", "value_error", "Annotated"):
+        assert jargon not in message
+    return message
+
+
+SINK = "policies: {mine: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 8}}]"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("target: {device: cdua}", 's.yaml:2: target.device: "cdua" is not allowed: one of cpu, cuda.\n  Write "cuda".'),
+        (
+            "target: {threads: 0}",
+            "s.yaml:2: target.threads: 0 is not allowed: auto, or a number from 1 to 1024.\n  Write for example threads: auto.",
+        ),
+        ("target: {memory: 4G}", 's.yaml:2: target.memory: "4G" is not allowed: a size such as 256MiB, 4GiB or 4GB.'),
+        ("target: {deterministic: yes}", 's.yaml:2: target.deterministic: "yes" is not allowed: true or false.'),
+        ("target: 3", "s.yaml:2: target: 3 is not allowed: a mapping of device, threads, memory, deterministic."),
+        ("seed: -1", "s.yaml:2: seed: -1 is not allowed: a whole number from 0.\n  Write for example seed: 0."),
+        ('seed: "12"', 's.yaml:2: seed: "12" is not allowed: a whole number from 0.'),
+        ("seed: 1.0", "s.yaml:2: seed: 1.0 is not allowed: a whole number from 0."),
+        ("seed: true", "s.yaml:2: seed: true is not allowed: a whole number from 0."),
+        ("modle: {path: x}", 's.yaml:2: modle: the key "modle" does not exist here (there are kvcompile, model, target,'),
+        ("modle: {path: x}", 'Did you mean "model"?'),
+        ("target: {devices: cpu}", 'Did you mean "device"?'),
+        (
+            "model: {dtype: float32}",
+            "s.yaml:2: model.path: is missing: a folder, a hub id, a file.gguf, package:NAME/FILE or python:module:factory.",
+        ),
+        ("model: {path: x/y, dtype: fp16}", 's.yaml:2: model.dtype: "fp16" is not allowed: one of float32, bfloat16, float16.'),
+        ("seed: 1\nseed: 2", "s.yaml:3: seed: the key stands here and in line 2.\n  Keep one of them."),
+        ("heads: [", "s.yaml:3: YAML syntax: "),
+        ("heads: []", "s.yaml:2: heads: an empty list is not allowed: a list of rules, at least one."),
+        ("heads: [full]", 's.yaml:2: heads[0]: "full" is not allowed: a mapping of policy, layers, kv_heads, pattern, share.'),
+        ("heads: {policy: full}", "s.yaml:2: heads: a mapping of 1 is not allowed: a list of rules, at least one."),
+        ("heads: [{layers: 1}]", "s.yaml:2: heads[0].policy: is missing: the name of a policy.\n  Write for example policy: full."),
+        (
+            "heads: [{policy: strem}]",
+            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, streaming).\n  Did you mean "streaming"?',
+        ),
+        ("heads: [{policy: zzz}]", "Name one of them, or add it under policies."),
+        (
+            "heads: [{policy: full, layers: 2-1}]",
+            's.yaml:2: heads[0].layers: "2-1" is not allowed: a number from 0, a range such as "0-2", a list',
+        ),
+        ("heads: [{policy: full, layers: [0, x]}]", "s.yaml:2: heads[0].layers: [0, x] is not allowed"),
+        (
+            "heads: [{policy: full, share: 50%}]",
+            "s.yaml:2: heads[0].share: share without pattern.\n  Write pattern too, for example pattern: patterns/model.yaml.",
+        ),
+        (
+            "heads: [{policy: full, pattern: good.yaml}]",
+            "s.yaml:2: heads[0].pattern: pattern without share.\n  Write share too, for example share: 75%.",
+        ),
+        (
+            "heads: [{policy: full, pattern: good.yaml, share: 0.5}]",
+            "heads[0].share: 0.5 is not allowed: a percentage from 0% to 100%, with its sign.",
+        ),
+        ("heads: [{policy: full, pattern: good.yaml, share: 101%}]", 'heads[0].share: "101%" is not allowed: a percentage from 0% to 100%'),
+        (
+            "heads: [{policy: full, pattern: god.yaml, share: 5%}]",
+            's.yaml:2: heads[0].pattern: the pattern "god.yaml" does not exist (looked for god.yaml).\n  Did you mean "good.yaml"?',
+        ),
+        (
+            "heads: [{policy: full, pattern: nan.yaml, share: 5%}]",
+            "nan.yaml:5: scores[0][1]: the score is nan, not a finite number.\n  Scores are numbers from 0 to 1.",
+        ),
+        ("policies: {a: 3}", "s.yaml:2: policies.a: 3 is not allowed: a mapping of zones, positions, store, device, rollback."),
+        ("policies: [a]", "s.yaml:2: policies: [a] is not allowed: a mapping of names to policies."),
+        ("policies: {a: {}}", "s.yaml:2: policies.a.zones: is missing: a list of zones, at least one."),
+        ("policies: {a: {zones: []}}", "s.yaml:2: policies.a.zones: an empty list is not allowed: a list of zones, at least one."),
+        (
+            "policies: {a: {zones: [{topk: {}}]}}",
+            's.yaml:2: policies.a.zones[0].topk: zone kind "topk" does not exist (there are all, sink_recent,',
+        ),
+        ("policies: {a: {zones: [{topk: {}}]}}", 'Did you mean "top_k"?'),
+        (
+            "policies: {a: {zones: [{all: {}, state: {}}]}}",
+            "policies.a.zones[0]: a zone is a mapping with exactly one key, its kind; found all, state.",
+        ),
+        ("policies: {a: {zones: [none]}}", "policies.a.zones[0]: a zone is a mapping with exactly one key, its kind; found 'none'."),
+        (
+            "policies: {a: {zones: [sink_recent]}}",
+            "policies.a.zones[0]: zone kind sink_recent needs its options.\n  Write sink_recent: {sink_tokens: 16,",
+        ),
+        ("policies: {a: {zones: [{sink_recent: {sink: 4}}]}}", 'Did you mean "sink_tokens"?'),
+        (
+            "policies: {a: {zones: [{sink_recent: {sink_tokens: -1, recent_tokens: 8}}]}}",
+            "sink_recent.sink_tokens: -1 is not allowed: a number of tokens from 0",
+        ),
+        (
+            "policies: {a: {zones: [{sink_recent: {sink_tokens: 1, recent_tokens: 0}}]}}",
+            "sink_recent.recent_tokens: 0 is not allowed: a number of tokens from 1",
+        ),
+        (
+            "policies: {a: {zones: [{sink_recent: {recent_tokens: 8}}]}}",
+            "s.yaml:2: policies.a.zones[0].sink_recent.sink_tokens: is missing, and no rule",
+        ),
+        (
+            "policies: {a: {zones: [all], store: int9}}",
+            'policies.a.store.dtype: "int9" is not allowed: one of float32, bfloat16, float16, int8.\n  Write "int8".',
+        ),
+        (
+            "policies: {a: {zones: [all], store: {dtype: int8, kivi: {}}}}",
+            "policies.a.store: a store has exactly one key, found dtype, kivi.",
+        ),
+        ("policies: {a: {zones: [all], store: {kivi: {bits: 3}}}}", "policies.a.store.kivi.bits: 3 is not allowed: 2 or 4."),
+        (
+            "policies: {a: {zones: [all], rollback: 8}}",
+            "policies.a.rollback: 8 has no effect: zone all keeps every token and rolls back to any length.",
+        ),
+        ("prefill: {chunk_tokens: 0}", 's.yaml:2: prefill.chunk_tokens: 0 is not allowed: a number of tokens from 1, or such as "2k".'),
+        ("verify: {tokens: 15}", 's.yaml:2: verify.tokens: 15 is not allowed: a number of tokens from 16, or such as "1k".'),
+        ("output: {directory: s.yaml}", 's.yaml:2: output.directory: "s.yaml" is a file.\n  Name a folder that can be made or written to.'),
+        ("output: {directory: s.yaml/x/y}", 'output.directory: "s.yaml/x/y" cannot be made: '),
+        (
+            "output: {formats: [report]}",
+            "s.yaml:2: output.formats: formats without a directory are written nowhere.\n  Write output.directory, or -o FOLDER.",
+        ),
+        (
+            "output: {directory: x, formats: [artifcat]}",
+            's.yaml:2: output.formats[0]: "artifcat" is not allowed: a list of artifact, report, onnx.\n  Write "artifact".',
+        ),
+        ("target:", "s.yaml:2: target: has no value.\n  Write one, or take the line out."),
+        (
+            "model: {path: ./nowhere}",
+            "s.yaml:2: model.path: ./nowhere: does not exist (looked for nowhere).\n  Write a folder, a hub id, a file.gguf,",
+        ),
+        ("model: {path: gone.gguf}", "s.yaml:2: model.path: gone.gguf: does not exist (looked for gone.gguf)."),
+        ("model: {path: s.yaml}", "s.yaml:2: model.path: s.yaml: is a file of another kind than .gguf."),
+        ("model: {path: .}", "s.yaml:2: model.path: .: is a folder without a config.json."),
+        (
+            "model: {path: package:no_such_thing/x.gguf}",
+            "the package no_such_thing is not installed.\n  Install it: pip install no-such-thing",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_its_place_and_its_mend(folder, body, message):
+    assert message in told(f"kvcompile: 1\n{body}\n")
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (
+            "{policy: full, layers: 4}",
+            "s.yaml:3: heads[0].layers: layer 4 does not exist in the model (4 layers, 0 to 3).\n"
+            '  Write numbers from 0 to 3, a range such as 0-3, or "all".',
+        ),
+        (
+            "{policy: full, layers: 3, kv_heads: [0, 9]}",
+            "s.yaml:3: heads[0].kv_heads: KV head 9 does not exist in layers.3 (3 KV heads, 0 to 2).\n"
+            '  Write numbers from 0 to 2, a range such as 0-2, or "all".',
+        ),
+        ("{policy: full, kv_heads: 3}", "KV head 3 does not exist in layers.0 (3 KV heads, 0 to 2)."),
+        (
+            "{policy: full, pattern: short.yaml, share: 5%}",
+            "s.yaml:3: heads[0].pattern: short.yaml has 3 layers, the model has 4: it was made for another model than model.",
+        ),
+        ("{policy: full, pattern: other.yaml, share: 5%}", "other.yaml is for the wrong model: its model_hash is 0123, the model's is "),
+    ],
+)
+def test_rules_are_compared_with_the_model(folder, heads, message):
+    assert message in told(f"kvcompile: 1\nmodel: {{path: model}}\nheads: [{heads}]\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "policies: {a: {zones: [{top_k: {k: 1%, index: sketch}}]}}",
+            "s.yaml:2: policies.a.zones[0].top_k: zone kind top_k is not built in kvcompile 0.1.0.\n  Built: all, sink_recent.",
+        ),
+        ("policies: {a: {zones: [{sample: {lsh: {hash_bits: 8, tables: 75}}}]}}", "zone kind sample is not built"),
+        ("policies: {a: {zones: [{clusters: {exact: 1.8%}}]}}", "zone kind clusters is not built"),
+        ("policies: {a: {zones: [{static: {any: 1}}]}}", "zone kind static is not built"),
+        ("policies: {a: {zones: [{state: {any: 1}}]}}", "zone kind state is not built"),
+        (
+            "policies: {a: {zones: [all, {sink_recent: {sink_tokens: 4, recent_tokens: 8}}]}}",
+            "s.yaml:2: policies.a.zones: all and sink_recent share tokens, which would then count twice.\n  Keep one of the zones.",
+        ),
+        (
+            "policies: {a: {zones: [{all: {store: float16}}]}}",
+            "policies.a.zones[0].all.store: a store for one zone is not built in kvcompile 0.1.0.\n  Write store at the policy.",
+        ),
+        ("policies: {a: {zones: [{all: {device: cuda}}]}}", "policies.a.zones[0].all.device: a device for one zone is not built"),
+        (
+            f"{SINK}, positions: cache_index}}}}",
+            "policies.mine.positions: positions cache_index is not built in kvcompile 0.1.0.\n  Built: absolute.",
+        ),
+        (
+            f"{SINK}, store: int8}}}}",
+            "policies.mine.store: store int8 is not built in kvcompile 0.1.0.\n  Built: float32, bfloat16, float16.",
+        ),
+        (f"{SINK}, store: {{kivi: {{bits: 2}}}}}}}}", "policies.mine.store: store kivi is not built"),
+        (
+            f"{SINK}, device: cpu}}}}",
+            "policies.mine.device: a device for one policy is not built in kvcompile 0.1.0.\n  Write target.device;",
+        ),
+        ("prefix: {relay: auto}", "s.yaml:2: prefix: a prefix shared by several sessions is not built in kvcompile 0.1.0.\n  Take it out."),
+        (
+            "output: {directory: x, formats: [artifact]}",
+            "s.yaml:2: output.formats[0]: output format artifact is not built in kvcompile 0.1.0.\n  Built: report.",
+        ),
+        ("output: {directory: x, formats: [onnx]}", "output format onnx is not built"),
+        (
+            "heads: [{policy: lookup}]",
+            "s.yaml:2: heads[0].policy: policy lookup is not built in kvcompile 0.1.0.\n  Built: full, streaming,",
+        ),
+        ("heads: [{policy: magicpig}]", "policy magicpig is not built"),
+        ("heads: [{policy: quest}]", "policy quest is not built"),
+        ("heads: [{policy: infllm}]", "policy infllm is not built"),
+        ("heads: [{policy: retroinfer}]", "policy retroinfer is not built"),
+    ],
+)
+def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
+    import kvcompile
+
+    assert message.replace("0.1.0", kvcompile.__version__) in told(f"kvcompile: 1\n{body}\n")
+
+
+def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(folder):
+    text = """kvcompile: 2
+model: {path: model, dtype: fp8}
+target: {devise: cpu}
+policies:
+  broken: {zones: [all], store: int9}
+heads:
+  - {policy: broken}
+  - {policy: strem, share: 75}
+  - {policy: full, layers: 7, pattern: gone.yaml, share: 5%}
+  - {policy: quest}
+verify: {tokens: "256"}
+output: {directory: s.yaml}
+"""
+    lines = [line.split(" ")[0] + " " + line.split(" ")[1] for line in told(text).splitlines() if not line.startswith("  ")]
+    assert lines == [
+        "s.yaml:1: kvcompile:",
+        "s.yaml:2: model.dtype:",
+        "s.yaml:3: target.devise:",
+        "s.yaml:5: policies.broken.store.dtype:",
+        "s.yaml:8: heads[1].share:",
+        "s.yaml:8: heads[1].policy:",
+        "s.yaml:9: heads[2].pattern:",
+        "s.yaml:10: heads[3].policy:",
+        "s.yaml:11: verify.tokens:",
+        "s.yaml:12: output.directory:",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "--set seed: is not of the form a.b=value.\n  Write for example --set heads[1].share=50%."),
+        ("a..b=1", "--set a..b=1: is not of the form a.b=value."),
+        ("heads[3].share=5%", "--set heads[3].share=5%: heads[3] does not exist: heads has 1 entries, counted from 0."),
+        ("seed[0]=5", "--set seed[0]=5: seed[0] does not exist: seed is not a list."),
+        ("seed.x=5", "--set seed.x=5: seed is not a mapping and has no x."),
+        ("seed=[1", "--set seed=[1:1: YAML syntax: "),
+        ("verify.tokens=1", "--set verify.tokens=1: verify.tokens: 1 is not allowed: a number of tokens from 16"),
+        (
+            "verify.token=64",
+            '--set verify.token=64: verify.token: the key "token" does not exist here (there are tokens).\n  Did you mean "tokens"?',
+        ),
+        ("heads[0].policy=strem", '--set heads[0].policy=strem: heads[0].policy: policy "strem" does not exist'),
+    ],
+)
+def test_a_wrong_override_is_named(folder, override, message):
+    assert message in told("kvcompile: 1\nseed: 3\nheads: [{policy: full}]\n", [override])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("speck.yaml", "speck.yaml: does not exist.\n  Did you mean spec.yaml?"),
+        ("none/x.yaml", "none/x.yaml: does not exist.\n  Name a YAML file, or builtin:NAME."),
+        ("kvcompile: 1\n" * 999, "kvcompile: 1: does not exist.\n  Name a YAML file"),
+        ("empty.yaml", "empty.yaml: is empty.\n  Write keys and values, `kvcompile: 1` first."),
+        ("list.yaml", "list.yaml: is not a mapping."),
+        ({}, "<spec>: kvcompile: is missing: 1, the version of this schema.\n  Write for example kvcompile: 1."),
+        ({"kvcompile": True}, "<spec>: kvcompile: true is not allowed: 1, the version of this schema."),
+        ({"kvcompile": 1, 3: 4}, "<spec>: the key 3 is not text."),
+        ({"kvcompile": 1, "seed": float("nan")}, "<spec>: seed: nan is not allowed: a whole number from 0."),
+        ({"kvcompile": 1, "seed": object}, "<spec>: seed: <class 'object'> is not allowed"),
+    ],
+)
+def test_a_source_that_is_no_spec_is_refused(folder, source, message):
+    (folder / "spec.yaml").write_text("kvcompile: 1\n")
+    (folder / "empty.yaml").write_text("# nothing\n")
+    (folder / "list.yaml").write_text("- 1\n")
+    with pytest.raises(SpecError) as caught:
+        load_spec(source)
+    assert message in str(caught.value)
+
+
+def test_patterns_whose_windows_differ_need_one_in_the_policy(folder):
+    for name, size in (("a", 16), ("b", 64)):
+        (folder / name).mkdir()
+        (folder / name / "full_attention_heads.tsv").write_text("0\t1\n")
+        (folder / name / "config.json").write_text(f'{{"sink_size": {size}, "recent_size": 256}}')
+    message = told(
+        "kvcompile: 1\npolicies: {mine: {zones: [{sink_recent: {}}]}}\n"
+        "heads: [{policy: mine, pattern: a, share: 5%}, {policy: mine, pattern: b, share: 5%}]\n"
+    )
+    place = "s.yaml:2: policies.mine.zones[0].sink_recent.sink_tokens: is missing and the rules that use the policy differ: "
+    assert message == f"{place}heads[0] 16, heads[1] 64.\n  Write for example sink_tokens: 64."
+
+
+def test_an_unwritable_output_is_told_before_anything_is_compiled(folder, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: False if mode & os.W_OK else access(path, mode))
+    assert 'output.directory: "model" is not writable.' in told("kvcompile: 1\noutput: {directory: model}\n")
+    assert 'output.directory: "model/a/b" cannot be made: ' in told("kvcompile: 1\noutput: {directory: model/a/b}\n")
