@@ -1,0 +1,1 @@
+"""Kernel requests and graphs become source text; nothing here compiles or runs it."""

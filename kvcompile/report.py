@@ -122,7 +122,7 @@ def plan_tables(plan: Plan, contexts: Sequence[int]) -> list[Table]:
     return [layer_table(plan, contexts), total_table(plan, contexts)]
 
 
-def plan_text(plan: Plan, contexts: Sequence[int]) -> str:
+def plan_text(plan: Plan, contexts: Sequence[int] = DEFAULT_CONTEXTS) -> str:
     """The tables and the notes, plain."""
     return "\n\n".join([*(table.text() for table in plan_tables(plan, contexts)), "\n".join(plan_remarks(plan, contexts))]).rstrip()
 
@@ -130,9 +130,9 @@ def plan_text(plan: Plan, contexts: Sequence[int]) -> str:
 def plan_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
     """What stands below the tables."""
     remarks = [f"weights: {format_bytes(plan.weight_bytes)}"] if plan.weight_bytes else []
-    if plan.context_limit is not None:
-        beyond = [format_tokens(context) for context in contexts if context > plan.context_limit]
-        made_for = f"the model was made for {format_tokens(plan.context_limit)} tokens"
+    if plan.context_tokens is not None:
+        beyond = [format_tokens(context) for context in contexts if context > plan.context_tokens]
+        made_for = f"the model was made for {format_tokens(plan.context_tokens)} tokens"
         remarks.append(f"{made_for}; bytes at {', '.join(beyond)} are computed all the same" if beyond else made_for)
     return [*remarks, *(f"note: {note}" for note in plan.notes)]
 
@@ -141,7 +141,7 @@ def plan_dict(plan: Plan, contexts: Sequence[int]) -> dict[str, Any]:
     """The plan for programs: numbers in bytes, every site with the KV heads of each group."""
     return {
         "weight_bytes": plan.weight_bytes,
-        "context_limit": plan.context_limit,
+        "context_tokens": plan.context_tokens,
         "notes": list(plan.notes),
         "contexts": [
             {

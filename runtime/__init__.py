@@ -1,0 +1,1 @@
+"""What a compiled model runs on: stores, kernels, sessions."""

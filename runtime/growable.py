@@ -121,11 +121,13 @@ class _Buffer:
     def __init__(self, first: int, kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, capacity: int) -> None:
         key_bytes, value_bytes = (_whole_pages(capacity * dim * dtype.itemsize) for dim in (head_dim, value_dim))
         region = reserve(kv_heads * (key_bytes + value_bytes))
-        keys, values = (part.view(dtype) for part in region.split_with_sizes([kv_heads * key_bytes, kv_heads * value_bytes]))
+        keys, values = region.split_with_sizes([kv_heads * key_bytes, kv_heads * value_bytes])
+        self._heads = [*keys.view(kv_heads, -1).unbind(), *values.view(kv_heads, -1).unbind()]  # bytes of each head's keys, then values
+        self._row_bytes = [head_dim * dtype.itemsize] * kv_heads + [value_dim * dtype.itemsize] * kv_heads
         self.first = first
         self.capacity = capacity
-        self.key_HCD = keys.view(kv_heads, -1)[:, : capacity * head_dim].unflatten(1, (capacity, head_dim))
-        self.value_HCE = values.view(kv_heads, -1)[:, : capacity * value_dim].unflatten(1, (capacity, value_dim))
+        self.key_HCD = keys.view(dtype).view(kv_heads, -1)[:, : capacity * head_dim].unflatten(1, (capacity, head_dim))
+        self.value_HCE = values.view(dtype).view(kv_heads, -1)[:, : capacity * value_dim].unflatten(1, (capacity, value_dim))
         self.written = 0  # slots below it may hold memory
         self.leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
 
@@ -137,9 +139,10 @@ class _Buffer:
         """Gives back the whole pages of every head from `slot` on, as far as they were written."""
         if slot >= self.written:
             return
-        for store_HCX in (self.key_HCD, self.value_HCE):
-            for head_CX in store_HCX.unbind(0):
-                release_tail(head_CX[slot : self.written])
+        for head, row_bytes in zip(self._heads, self._row_bytes, strict=True):
+            start, end = _whole_pages(slot * row_bytes), _whole_pages(self.written * row_bytes)
+            if start < end:
+                release_tail(head[start:end])
         self.written = slot
 
 

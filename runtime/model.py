@@ -132,6 +132,7 @@ class CompiledModel:
         stop: Iterable[str] = (),
         chat: bool = False,
         on_text: Callable[[str], None] | None = None,
+        on_chunk: Callable[[int, int], None] | None = None,
         session: Session | None = None,
     ) -> Generation:
         """Continue a prompt; see `generate`.  Returns the text with what it cost."""
@@ -143,7 +144,7 @@ class CompiledModel:
         session = session or self.session()
         generator = torch.Generator().manual_seed(self.spec.seed if seed is None else seed)
         started = time.perf_counter()
-        logits = session.prefill(ids)
+        logits = session.prefill(ids, on_chunk=on_chunk)
         prefilled = time.perf_counter()
         writer = _TextWriter(self.tokenizer, tuple(stop), on_text)
         stopped = False
@@ -161,8 +162,8 @@ class CompiledModel:
         """The text that continues `prompt` (a string, or token ids).
 
         max_new_tokens=64; temperature=0.0 is greedy; seed (default: the spec's); stop: strings that end the text;
-        chat=True wraps the prompt in the model's chat template; on_text is called with each piece of text as it comes;
-        session continues an existing session.  The model's stop tokens end the text and are not part of it.
+        chat=True wraps the prompt in the model's chat template; on_text is called with each piece of text as it comes,
+        on_chunk(read, total) after each chunk of the prompt; session continues an existing session.  The model's stop tokens end the text and are not part of it.
         """
         return self.complete(prompt, **options).text
 

@@ -33,7 +33,10 @@ class CallSegment:
 
 @dataclass(frozen=True)
 class Attend:
-    """Attend at a site: slots of query, key, value, learnt sinks (None when the model has none), and of the result."""
+    """Attend at a site: slots of query, key, value, learnt sinks (None when the model has none), and of the result.
+
+    frees: those that are not needed afterwards; layers that share keys or values still need theirs.
+    """
 
     site: int
     query: int
@@ -41,6 +44,7 @@ class Attend:
     value: int
     learnt_sinks: int | None
     output: int
+    frees: tuple[int, ...]
 
 
 # (site, query [1, query_heads, tokens, head_dim], key, value, learnt_sinks, only wanted rows) -> [1, rows, query_heads, value_dim]
@@ -79,13 +83,14 @@ class Program:
                         name=node.target,
                         inputs=tuple(slots[argument] for argument in arguments),
                         outputs=tuple(slots[parts[place]] for place in range(len(parts))),
-                        frees=tuple(slots[a] for a in dict.fromkeys(arguments) if last_use[a] is node and a.op == "call_function"),
+                        frees=tuple(slots[a] for a in _last_used(node, last_use)),
                         token_dims=tuple(_token_dim(argument) for argument in arguments),
                     )
                 )
             elif node.target is ATTEND:
                 query, key, value, sinks, site = node.args[:5]
-                steps.append(Attend(site, slots[query], slots[key], slots[value], slots[sinks] if sinks else None, slots[node]))
+                frees = tuple(slots[a] for a in _last_used(node, last_use))
+                steps.append(Attend(site, slots[query], slots[key], slots[value], slots[sinks] if sinks else None, slots[node], frees))
         (output,) = module.graph.find_nodes(op="output")
         names = {step.name for step in steps if isinstance(step, CallSegment)}
         segments = {name: module.get_submodule(name).forward for name in names}
@@ -103,7 +108,9 @@ class Program:
         for place, step in enumerate(self.steps):
             if isinstance(step, Attend):
                 sinks = values[step.learnt_sinks] if step.learnt_sinks is not None else None
-                query, key, value = values.pop(step.query), values.pop(step.key), values.pop(step.value)
+                query, key, value = values[step.query], values[step.key], values[step.value]
+                for slot in step.frees:
+                    del values[slot]
                 values[step.output] = attend(step.site, query, key, value, sinks, place == final_site)
                 continue
             inputs = [values[slot] for slot in step.inputs]
@@ -117,6 +124,11 @@ class Program:
             for slot in step.frees:
                 del values[slot]
         return values[self.result]
+
+
+def _last_used(node: torch.fx.Node, last_use: Mapping[torch.fx.Node, torch.fx.Node]) -> list[torch.fx.Node]:
+    """The computed inputs of a node that no later node needs."""
+    return [source for source in node.all_input_nodes if last_use[source] is node and source.op == "call_function"]
 
 
 def _token_dim(node: torch.fx.Node) -> int | None:

@@ -97,12 +97,13 @@ class RingStore:
         reached; and always to sink_tokens or less.
         """
         problem = rollback_range_problem(tokens, self._tokens)
-        if problem is not None or self._high <= self._slots:
+        if problem is not None:
             return problem
         keep = self._tokens - tokens
-        lowest = self._high - self._window + self.recent_tokens - 1
-        if keep >= lowest or keep <= self.sink_tokens:
+        oldest = max(self.sink_tokens, keep + 1 - self.recent_tokens)  # what the next query sees behind the sinks
+        if oldest >= keep or oldest >= self._high - self._window:
             return None
+        lowest = self._high - self.rollback_tokens - 1
         return Problem(
             f"rollback({tokens})",
             f"a ring of {self.sink_tokens} sink + {self.recent_tokens} recent tokens that has held {self._high} tokens can take back "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -59,19 +59,22 @@ class Session:
         """How many tokens the session has read."""
         return len(self.tokens)
 
-    def prefill(self, tokens: Tokens, *, logits: str = "last") -> Tensor:
+    def prefill(self, tokens: Tokens, *, logits: str = "last", on_chunk: Callable[[int, int], None] | None = None) -> Tensor:
         """Read tokens, in chunks of `prefill.chunk_tokens`; the result does not depend on the chunk size.
 
         Returns the last position's logits, float32 `[vocabulary]`; with logits="all" every position's, float32
-        `[tokens, vocabulary]`.  Raises SessionError for no tokens, ids outside the vocabulary, too long a context.
+        `[tokens, vocabulary]`.  on_chunk(read, total) is called after each chunk.  Raises SessionError for no tokens, ids outside the vocabulary, too long a context.
         """
         if logits not in ("last", "all"):
             raise SessionError(Problem("logits", f"{logits!r} is not known.", 'Write "last" or "all".'))
         ids = as_token_ids(tokens, self.model.vocabulary)
-        parts = []
+        parts: list[Tensor] = []
+        read = 0
         for chunk in ids.split(self.model.chunk_tokens):
-            out = self.model.forward([(self, chunk)], logits_of="all" if logits == "all" else "last")
-            parts.append(out)
+            parts.append(self.model.forward([(self, chunk)], logits_of="all" if logits == "all" else "last"))
+            read += len(chunk)
+            if on_chunk is not None:
+                on_chunk(read, len(ids))
         return torch.cat(parts) if logits == "all" else parts[-1][-1]
 
     def step(self, token: Tokens) -> Tensor:

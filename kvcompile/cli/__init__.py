@@ -16,6 +16,8 @@ from kvcompile.cli.output import print_problems
 from kvcompile.ir.errors import KvcompileError, Problem
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+# What `pip install kvcompile` leaves out: a saved model runs without it, this command does not.
+_OF_THE_EXTRA = {"typer", "rich", "yaml", "pydantic", "transformers", "accelerate", "gguf", "jinja2", "networkx", "huggingface_hub"}
 _NOT_A_SPEC = {"--help", "-h", "--version"}
 
 
@@ -27,10 +29,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except KvcompileError as error:
         print_problems(error.problems, as_json=as_json)
+        return USAGE if isinstance(error, _UsageError) else FAILED
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
+            raise
+        print_problems([Problem("", f"the package {error.name} is missing.", "pip install 'kvcompile[compile]'")], as_json=as_json)
         return FAILED
-    except _UsageError as error:
-        print_problems(error.problems, as_json=as_json)
-        return USAGE
     except KeyboardInterrupt:
         print("kvcompile: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -41,9 +41,7 @@ class Job:
 
 def run_job(job: Job, output: Output) -> None:
     """Compiles, shows, writes and generates as the job says."""
-    if job.show is Show.SOURCE:
-        raise KvcompileError.at("--show source", "this release runs no generated kernels.", "Write --show plan, graph or timing.")
-    if job.stop_after is not None or job.show is Show.GRAPH:
+    if job.stop_after is not None or job.show in (Show.GRAPH, Show.SOURCE):
         _run_passes(job, output)
     elif job.needs_weights:
         _compile(job, output)
@@ -62,7 +60,7 @@ def show_plan(spec: Spec, contexts: tuple[int, ...], output: Output) -> None:
 
 def _run_passes(job: Job, output: Output) -> None:
     if job.prompts:
-        option = "--stop-after" if job.stop_after is not None else "--show graph"
+        option = "--stop-after" if job.stop_after is not None else f"--show {job.show}"
         raise KvcompileError.at(option, "nothing is generated: the compile ends before there is a model.", "Take the prompt out.")
     from kvcompile.compiler import run_passes
 
@@ -71,22 +69,38 @@ def _run_passes(job: Job, output: Output) -> None:
         _print_plan(result.plan, job.contexts, output)
     elif job.show is Show.TIMING:
         output.table(_timing_table(result.timings))
+    elif job.show is Show.SOURCE:
+        for name, source in result.sources.items():
+            output.say(f"# {name}\n{source.rstrip()}\n")
     else:
         output.say(result.text)
+    for warning in result.warnings:
+        output.aside(f"warning: {warning}")
     plan = None if result.plan is None else plan_dict(result.plan, job.contexts)
     output.finish(
-        {"spec": job.spec.source, "stop_after": job.stop_after, "graph": result.text, "plan": plan, "timings": dict(result.timings)}
+        {
+            "spec": job.spec.source,
+            "stop_after": job.stop_after,
+            "graph": result.text,
+            "sources": result.sources,
+            "plan": plan,
+            "warnings": list(result.warnings),
+            "timings": dict(result.timings),
+        }
     )
 
 
 def _compile(job: Job, output: Output) -> None:
     from kvcompile.compiler import compile
 
+    if job.chat and job.spec.model is not None:  # before the compile: who asks for what is not there should not wait
+        from kvcompile.models.load import open_model
+
+        if not open_model(job.spec.model, output.progress).has_chat_template:
+            raise KvcompileError.at("--chat", "this model has no chat template.", "Write the prompt as the model was trained to read it.")
     started = time.perf_counter()
     model = compile(spec=job.spec, progress=output.progress, dump=job.dump)
     timings = {**model.timings, "whole compile": time.perf_counter() - started}
-    if job.chat and getattr(model.tokenizer, "chat_template", None) is None:
-        raise KvcompileError.at("--chat", "this model has no chat template.", "Write the prompt as the model was trained to read it.")
     if not output.quiet:
         _print_summary(job, model, timings, output)
     found = _as_dict(job, model, timings)

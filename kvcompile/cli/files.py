@@ -25,7 +25,8 @@ def write_new(path: Path, text: str, *, force: bool) -> None:
         finally:
             Path(aside).unlink(missing_ok=True)
     except OSError as error:
-        raise KvcompileError.at(str(path), f"cannot be written: {error.strerror}.", "Name a file in a folder that you may write to.") from error
+        mend = "Name a file in a folder that you may write to."
+        raise KvcompileError.at(str(path), f"cannot be written: {error.strerror}.", mend) from error
 
 
 def first_comment(path: Path) -> str:

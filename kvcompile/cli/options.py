@@ -33,7 +33,7 @@ def parse_contexts(text: str) -> tuple[int, ...]:
     return lengths
 
 
-SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or builtin:NAME (see `kvcompile specs`).", show_default=False)]
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or builtin:NAME (see `kvcompile specs`).")]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Where results are written (output.directory).", show_default=False)
 ]
@@ -58,10 +58,14 @@ PromptOption = Annotated[
 ]
 PromptFileOption = Annotated[
     str | None,
-    typer.Option("--prompt-file", metavar="FILE", help="Continue this file's text; - is stdin, .jsonl one prompt a line.", show_default=False),
+    typer.Option(
+        "--prompt-file", metavar="FILE", help="Continue this file's text; - is stdin, .jsonl one prompt a line.", show_default=False
+    ),
 ]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")]
-TokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="At most this many.  [default: 64]", show_default=False)]
+TokensOption = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="At most this many.  [default: 64]", show_default=False)
+]
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.  [default: 0]", show_default=False)
 ]
@@ -70,7 +74,9 @@ SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="For sampl
 DEFAULT_CONTEXTS = "8k,32k,128k"
 
 
-def as_overrides(assignments: Sequence[str] | None, output: Path | None = None, formats: str | None = None, seed: int | None = None) -> list[str]:
+def as_overrides(
+    assignments: Sequence[str] | None, output: Path | None = None, formats: str | None = None, seed: int | None = None
+) -> list[str]:
     """The flags as `--set` would write them; they come after it and win over the file."""
     overrides = list(assignments or ())
     if output is not None:

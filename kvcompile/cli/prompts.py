@@ -35,7 +35,8 @@ def _read(prompt_file: str) -> str:
         raw = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
         return raw.decode("utf-8")
     except OSError as error:
-        raise KvcompileError.at(f"--prompt-file {prompt_file}", f"cannot be read: {error.strerror}.", "Name a text file, or - for stdin.") from error
+        mend = "Name a text file, or - for stdin."
+        raise KvcompileError.at(f"--prompt-file {prompt_file}", f"cannot be read: {error.strerror}.", mend) from error
     except UnicodeDecodeError as error:
         raise KvcompileError.at(f"--prompt-file {prompt_file}", f"is not UTF-8 (byte {error.start}).", "Convert it to UTF-8.") from error
 

@@ -55,11 +55,17 @@ class PythonModel(OpenedModel):
 
     @cached_property
     def _made(self) -> tuple[nn.Module, Any]:
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        with unset_fake_temporarily():  # whoever builds a skeleton may ask for the dtype first
+            module, tokenizer = self._make()
+            return frozen(module if self._wanted is None else module.to(self._wanted)), tokenizer
+
+    @property
+    def _wanted(self) -> torch.dtype | None:
         import torch
 
-        module, tokenizer = self._make()
-        named = self.source.dtype
-        return frozen(module if named is None else module.to(getattr(torch, named))), tokenizer
+        return None if self.source.dtype is None else getattr(torch, self.source.dtype)
 
     @property
     def config(self) -> Any:
@@ -81,7 +87,9 @@ class PythonModel(OpenedModel):
         return digest.hexdigest()
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
-        return _cast(frozen(self._make()[0]), dtype or self.dtype)
+        wanted = dtype or self._wanted
+        module = frozen(self._make()[0])
+        return module if wanted is None else _cast(module, wanted)
 
     def load(self) -> nn.Module:
         return self._made[0]

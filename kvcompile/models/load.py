@@ -174,4 +174,6 @@ def _skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     with quiet(), no_init_weights():
-        return frozen(AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype))
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model.tie_weights()  # no_init_weights leaves that out too
+    return frozen(model)

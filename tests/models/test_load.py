@@ -75,6 +75,15 @@ def test_a_skeleton_has_the_shapes_and_no_weights_inside_a_fake_mode(folder: Pat
     assert model.dtype == torch.bfloat16, "building in another dtype must not change the model"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_skeleton_ties_the_weights_that_the_model_ties(folder: Path, tied: bool) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    with FakeTensorMode():
+        skeleton: Any = opened(folder).build()
+    assert (skeleton.lm_head.weight is skeleton.model.embed_tokens.weight) is tied
+
+
 def test_a_model_without_tokenizer_files_has_none(folder: Path) -> None:
     model = opened(folder)
     assert model.tokenizer() is None
@@ -176,15 +185,17 @@ def beside_the_spec(tmp_path: Path) -> Path:
 
 def test_a_python_factory_beside_the_spec_is_called(beside_the_spec: Path) -> None:
     model = opened("python:kvc_test_nets:build", "bfloat16", beside_the_spec)
+    with FakeTensorMode():
+        assert model.dtype == torch.bfloat16
+        assert isinstance(next(model.build().parameters()), FakeTensor)
     module = model.load()
+    assert not any(isinstance(value, FakeTensor) for value in module.parameters())
     assert module is model.load()
     assert model.dtype == torch.bfloat16
     assert not module.training
     assert model.tokenizer() is None
     assert model.config is None
     assert model.stop_tokens == ()
-    with FakeTensorMode():
-        assert isinstance(next(model.build().parameters()), FakeTensor)
 
 
 def test_a_python_factory_may_bring_a_tokenizer(beside_the_spec: Path) -> None:

@@ -1,0 +1,159 @@
+"""`kvcompile compile` from the words to the files, with a tiny model whose tokens are bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcompile.cli import main
+
+MODEL = '''
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Bytes:
+    """One token a byte."""
+    chat_template = None
+    eos_token_id = None
+    def __call__(self, text, **_options):
+        return {"input_ids": list(text.encode())}
+    def decode(self, ids, **_options):
+        return bytes(int(token) % 128 for token in ids).decode("ascii")
+
+def build():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=None)
+    return LlamaForCausalLM(config), Bytes()
+'''
+SPEC = """kvcompile: 1
+model: {path: "python:kvc_tiny_bytes:build"}
+policies:
+  near: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 12}}]}
+heads:
+  - {policy: near, layers: 0, kv_heads: 1}
+verify: {tokens: 32}
+"""
+
+
+@pytest.fixture(autouse=True)
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "kvc_tiny_bytes.py").write_text(MODEL)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def answer_json(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    code, out, err = answer(capsys, *words, "--json")
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_a_spec_alone_prints_the_plan_and_what_was_proved(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    code, out, err = answer(capsys, spec, "--contexts", "1k")
+    assert code == 0
+    assert "0       1 full, 1 near (sink 4 + recent 12)" in out
+    assert "1       2 full" in out
+    assert "full against the original" in out
+    assert all(line.startswith("kvcompile: ") for line in err.splitlines())
+
+
+def test_json_is_one_object_with_plan_verification_and_text(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    found = answer_json(capsys, spec, "--prompt", "Hello", "--max-new-tokens", "5")
+    assert sorted(found) == ["generations", "model", "plan", "spec", "timings", "verification", "warnings"]
+    [made] = found["generations"]
+    assert (made["prompt_tokens"], made["new_tokens"], len(made["text"])) == (5, 5, 5)
+    assert [len(site["groups"]) for site in found["plan"]["sites"]] == [2, 1]
+    assert found["verification"]
+
+
+@pytest.mark.slow
+def test_quiet_prints_the_generated_text_only(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    expected = answer_json(capsys, spec, "--prompt", "Hello", "--max-new-tokens", "5")["generations"][0]["text"]
+    assert answer(capsys, spec, "--prompt", "Hello", "--max-new-tokens", "5", "-q") == (0, expected + "\n", "")
+
+
+@pytest.mark.slow
+def test_each_line_of_jsonl_is_continued(capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "many.jsonl").write_text('"one"\n{"prompt": "three"}\n')
+    found = answer_json(capsys, spec, "--prompt-file", tmp_path / "many.jsonl", "--prompt", "!", "--max-new-tokens", "2")
+    assert [made["prompt_tokens"] for made in found["generations"]] == [4, 6]
+
+
+@pytest.mark.slow
+def test_the_seed_decides_what_is_sampled(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    def sampled(seed: int) -> str:
+        found = answer_json(capsys, spec, "--prompt", "Hello", "--temperature", "1", "--seed", seed, "--max-new-tokens", "16")
+        return str(found["generations"][0]["text"])
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_chat_without_a_template_is_refused(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    code, _, err = answer(capsys, spec, "--prompt", "Hello", "--chat")
+    assert code == 1
+    assert "--chat: this model has no chat template." in err
+
+
+@pytest.mark.slow
+def test_a_folder_gets_the_report(capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path) -> None:
+    found = answer_json(capsys, spec, "-o", tmp_path / "out")
+    assert found["report"] == [str(tmp_path / "out" / name) for name in ("report.json", "report.txt")]
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["plan"] == found["plan"]
+    assert "full against the original" in (tmp_path / "out" / "report.txt").read_text()
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_format_that_is_not_built_is_refused_by_name(capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path) -> None:
+    code, _, err = answer(capsys, spec, "-o", tmp_path / "out", "--formats", "report,onnx")
+    assert code == 1
+    assert "onnx" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_plan_alone_is_the_same_plan(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    _, shown, _ = answer(capsys, spec, "--show", "plan", "--contexts", "1k,2k")
+    assert answer(capsys, "plan", spec, "--contexts", "1k,2k")[1] == shown
+    assert "2K stored" in shown
+    assert answer_json(capsys, "plan", spec)["plan"] == answer_json(capsys, spec, "--show", "plan")["plan"]
+
+
+@pytest.mark.slow
+def test_show_graph_source_and_timing(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    assert "attend" in answer(capsys, spec, "--show", "graph", "--stop-after", "request_kernels")[1]
+    source = answer(capsys, spec, "--show", "source")[1]
+    compile(source, "source", "exec")
+    assert "def " in source
+    timing = answer(capsys, spec, "--show", "timing")[1]
+    assert timing.splitlines()[0].split() == ["stage", "seconds"]
+    assert "trace" in timing
+
+
+def test_stop_after_dumps_numbered_files(capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path) -> None:
+    found = answer_json(capsys, spec, "--stop-after", "canonicalise_attention", "--dump", tmp_path / "dump")
+    assert found["stop_after"] == "canonicalise_attention"
+    assert found["plan"] is None
+    names = sorted(path.name for path in (tmp_path / "dump").glob("*.txt"))
+    assert names == ["00-trace.txt", "01-canonicalise_attention.txt"]
+    code, _, err = answer(capsys, spec, "--stop-after", "canonicalize")
+    assert code == 1
+    assert "there is no pass 'canonicalize'" in err
+
+
+def test_a_prompt_cannot_go_with_an_early_stop(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
+    code, _, err = answer(capsys, spec, "--stop-after", "trace", "--prompt", "Hello")
+    assert (code, err) == (1, "--stop-after: nothing is generated: the compile ends before there is a model.\n  Take the prompt out.\n")

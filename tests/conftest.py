@@ -1,0 +1,63 @@
+"""What holds for every test: a skip that is not expected fails the run where CI=true."""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+# before torch loads OpenMP: threads that wait by spinning make toy models 100 times slower when another process is busy
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+EXPECTED = Path(__file__).with_name("expected_skips.txt")
+_skipped: dict[str, str] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden texts anew instead of comparing with them")
+
+
+def expected_skips() -> dict[str, str]:
+    """Pattern of test ids -> why the skip is right.  A line is `PATTERN | REASON`."""
+    found = {}
+    for line in EXPECTED.read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            pattern, _, reason = line.partition(" | ")
+            assert reason.strip(), f"{EXPECTED.name}: {line!r} has no reason"
+            found[pattern.strip()] = reason.strip()
+    return found
+
+
+def unexpected_skips(skipped: dict[str, str]) -> dict[str, str]:
+    patterns = expected_skips()
+    return {test: why for test, why in skipped.items() if not any(fnmatch(test, pattern) for pattern in patterns)}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _skipped[report.nodeid] = _why(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        _skipped[report.nodeid] = _why(report)
+
+
+def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("CI") == "true" and unexpected_skips(_skipped) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    unexpected = unexpected_skips(_skipped)
+    if unexpected:
+        terminalreporter.section(f"skips that {EXPECTED.name} does not list" + (" (CI: failed)" if os.environ.get("CI") == "true" else ""))
+        for test, why in sorted(unexpected.items()):
+            terminalreporter.line(f"{test}: {why}")

@@ -1,0 +1,42 @@
+"""The oracle itself, against the sentences that define it."""
+
+import torch
+
+from kvcompile.ir.policy import All, SinkRecent
+from kvcompile.runtime import reference
+
+
+def test_visibility_is_what_the_policy_says():
+    queries, keys = torch.arange(3, 40), torch.arange(40)
+    everything = reference.visible(All(), queries, keys)
+    for sink, recent in ((0, 1), (0, 5), (4, 1), (4, 8), (50, 3)):
+        banded = reference.visible(SinkRecent(sink, recent), queries, keys)
+        for row, p in enumerate(range(3, 40)):
+            for j in range(40):
+                assert everything[row, j] == (j <= p)
+                assert banded[row, j] == (j <= p and (j < sink or j > p - recent))
+
+
+def test_attention_is_torchs_attention():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 5, 16).double(), torch.randn(2, 9, 16).double(), torch.randn(2, 9, 16).double()
+    mask = reference.visible(All(), torch.arange(4, 9), torch.arange(9))
+    right = torch.nn.functional.scaled_dot_product_attention(query, key[:, None], value[:, None], attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(reference.attend(query, key, value, mask, 0.3).out, right, rtol=1e-12, atol=1e-12)
+
+
+def test_one_key_has_its_logit_as_lse_and_the_cap_bends_it():
+    query, key, value = torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 2), 4.0), torch.ones(1, 1, 5)
+    see = torch.ones(1, 1, dtype=torch.bool)
+    assert reference.attend(query, key, value, see, 0.5).lse.item() == 12.0
+    capped = reference.attend(query, key, value, see, 0.5, soft_cap=10.0)
+    assert capped.lse.item() == (10 * torch.tanh(torch.tensor(1.2, dtype=torch.float64))).item()
+    assert capped.out.tolist() == [[[[1.0] * 5]]]
+
+
+def test_no_visible_key_is_zero_and_minus_infinity():
+    query = torch.randn(1, 2, 3, 4)
+    for tokens in (0, 6):
+        state = reference.attend(query, torch.randn(1, tokens, 4), torch.randn(1, tokens, 5), torch.zeros(3, tokens, dtype=torch.bool), 1.0)
+        assert torch.equal(state.out, torch.zeros(1, 2, 3, 5).double())
+        assert torch.equal(state.lse, torch.full((1, 2, 3), -torch.inf).double())

@@ -1,0 +1,116 @@
+"""The plan as text, table and JSON; the report's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvcompile.ir.errors import KvcompileError
+from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
+from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store
+from kvcompile.ir.sites import AttentionSite
+from kvcompile.report import fold_sites, format_bytes, format_tokens, plan_dict, plan_remarks, plan_text, write_report
+
+FULL = HeadPolicy("full", (All(),))
+STREAMING = HeadPolicy("streaming", (SinkRecent(16, 256),))
+
+
+def site(index: int, *groups: HeadGroup) -> SitePlan:
+    facts = AttentionSite(index, f"model.layers.{index}.self_attn", 9, 3, 64, 64, 0.125, "bfloat16")
+    return SitePlan(facts, groups)
+
+
+def plan() -> Plan:
+    mixed = [site(n, HeadGroup((n,), FULL), HeadGroup(tuple({0, 1, 2} - {n}), STREAMING)) for n in range(3)]
+    return Plan((*mixed, site(3, HeadGroup((0, 1, 2), FULL))), weight_bytes=2 * 1024**2, context_tokens=8192, notes=("a note",))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (1024**2 - 1, "1.0 MiB"), (5 * 1024**3, "5.0 GiB")],
+)
+def test_bytes_are_told_in_binary_units(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+def test_tokens_are_told_in_k() -> None:
+    assert [format_tokens(count) for count in (1, 1000, 1024, 131072)] == ["1", "1000", "1K", "128K"]
+
+
+def test_equal_layers_fold_whichever_heads_they_chose() -> None:
+    assert [[each.site.index for each in run] for run in fold_sites(plan())] == [[0, 1, 2], [3]]
+
+
+def test_layers_of_another_store_do_not_fold() -> None:
+    narrow = HeadPolicy("full", (All(),), store=Store("float16"))
+    two = Plan((site(0, HeadGroup((0, 1, 2), FULL)), site(1, HeadGroup((0, 1, 2), narrow))))
+    assert len(fold_sites(two)) == 2
+
+
+def test_the_text_of_a_plan() -> None:
+    """One KV head costs 256 bytes a token: stored at 8K 256 + 2 * 256 * 272 / 8192 = 273, read 8192 * 256 + 2 * 272 * 256 = 2.1 MiB."""
+    expected = """\
+Each layer: bytes stored for a token of context, bytes read for a generated token
+layers  KV heads                                    8K stored  8K read
+------  ------------------------------------------  ---------  -------
+0-2     1 full, 2 streaming (sink 16 + recent 256)      273 B  2.1 MiB
+3       3 full                                          768 B  6.0 MiB
+
+The model: bytes of a session
+context  full cache    stored  less by  stored a token  read a token  less by
+-------  ----------  --------  -------  --------------  ------------  -------
+8K         24.0 MiB  12.4 MiB     1.9x         1.5 KiB      12.4 MiB     1.9x
+
+weights: 2.0 MiB
+the model was made for 8K tokens
+note: a note
+"""
+    assert plan_text(plan(), [8192]) + "\n" == expected
+
+
+def test_totals_compare_with_the_full_cache() -> None:
+    [at_8k] = plan_dict(plan(), [8192])["contexts"]
+    full = 4 * 3 * 256 * 8192
+    stored = (3 * 1 + 3) * 256 * 8192 + 3 * 2 * 256 * 272
+    assert (at_8k["full_bytes"], at_8k["stored_bytes"], at_8k["read_bytes_per_generated_token"]) == (full, stored, stored)
+    assert at_8k["stored_bytes_per_context_token"] == stored / 8192
+
+
+def test_remarks_tell_which_contexts_lie_beyond_the_model() -> None:
+    assert plan_remarks(plan(), [4096, 32768]) == [
+        "weights: 2.0 MiB",
+        "the model was made for 8K tokens; bytes at 32K are computed all the same",
+        "note: a note",
+    ]
+    assert plan_remarks(plan(), [4096])[1] == "the model was made for 8K tokens"
+
+
+def test_the_json_of_a_plan_names_every_head() -> None:
+    found = json.loads(json.dumps(plan_dict(plan(), [8192])))
+    assert [group["kv_heads"] for group in found["sites"][1]["groups"]] == [[1], [0, 2]]
+    assert found["sites"][0]["groups"][1]["zones"] == ["sink 16 + recent 256"]
+    assert found["sites"][0]["groups"][0]["store_dtype"] == "bfloat16"
+
+
+def test_a_report_is_two_files_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    for text in ("first", "second"):
+        assert write_report(folder, {"n": text}, text) == [folder / "report.json", folder / "report.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.txt"]
+    assert (folder / "report.txt").read_text() == "second\n"
+
+
+def test_a_report_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    write_report(tmp_path, {"n": 1}, "old")
+    with pytest.raises(TypeError):
+        write_report(tmp_path, {"n": object()}, "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.txt"]
+    assert (tmp_path / "report.txt").read_text() == "old\n"
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KvcompileError, match=r"the report cannot be written: Not a directory\.\n  Name another folder with -o\."):
+        write_report(tmp_path / "file" / "folder", {}, "")
