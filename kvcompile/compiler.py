@@ -14,7 +14,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-import kvcompile
 from kvcompile.codegen.segments import segment_sources
 from kvcompile.ir.errors import KvcompileError, Problem, SpecError, TargetError
 from kvcompile.ir.plan import Plan
@@ -223,7 +222,7 @@ def _verified(
     """The kept record of an earlier verification if nothing changed since, else a new one."""
     key = None
     if opened is not None:
-        key = record_key(opened.hash, compiled, {"kvcompile": kvcompile.__version__, "torch": torch.__version__})
+        key = record_key(opened.hash, compiled)
         kept = cache.recall("verified", key)
         if kept is not None:
             with contextlib.suppress(KeyError, TypeError):

@@ -2,7 +2,7 @@
 
 1. `full` everywhere equals the original model, prefill in two chunks and then one token at a time.
 2. The spec against `full`: what the approximation costs, on tokens that stand beyond every window.
-Beyond the tolerance there is no model, and the first site that differs is named.
+Beyond the tolerance there is no model, and the first site that differs is named (diagnose.py).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvcompile.ir.attend_op import ATTEND
+from kvcompile.diagnose import first_difference, original_logits
 from kvcompile.ir.errors import Problem, VerificationError
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
 from kvcompile.ir.policy import All, HeadPolicy, SinkRecent
-from kvcompile.passes.huggingface import is_huggingface
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.text_ids import text_ids
 
@@ -98,23 +98,22 @@ def full_plan(plan: Plan) -> Plan:
     return replace(plan, sites=tuple(full(site) for site in plan.sites))
 
 
-def record_key(model_hash: str, compiled: CompiledModel, versions: dict[str, str]) -> str:
-    """What must be unchanged for a verification to be believed again."""
+def record_key(model_hash: str, compiled: CompiledModel) -> str:
+    """What must be unchanged for a verification to be believed again: the model, the plan, the code that runs, torch."""
+    code = hashlib.sha256()
+    for package in ("kvcompile.ir", "kvcompile.passes", "kvcompile.runtime"):
+        for source in sorted(files(package).iterdir(), key=lambda each: each.name):
+            if source.name.endswith(".py"):
+                code.update(source.read_bytes())
     parts = {
         "model": model_hash,
         "plan": [asdict(site) for site in compiled.plan.sites],
         "verify_tokens": compiled.spec.verify_tokens,
-        "versions": versions,
+        "chunk_tokens": compiled.chunk_tokens,
+        "code": code.hexdigest(),
+        "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def original_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [tokens, vocabulary] of the model as its author wrote it."""
-    with torch.no_grad():
-        out = model(input_ids=ids[None], use_cache=False) if is_huggingface(model) else model(ids[None])
-    logits = out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
-    return logits[0].float() if logits.dtype != torch.float64 else logits[0]
 
 
 def verify(compiled: CompiledModel, model: nn.Module, graph: torch.fx.GraphModule) -> Verification:
@@ -163,84 +162,3 @@ def _approximation(compiled: CompiledModel, full: CompiledModel, tokens: int, ro
     ids = text_ids(length, compiled.vocabulary, compiled.tokenizer)
     first, second = (each.session().prefill(ids, logits="all")[-tokens:] for each in (full, compiled))
     return Comparison.of(first, second)
-
-
-def first_difference(model: nn.Module, graph: torch.fx.GraphModule, full: CompiledModel, ids: Tensor) -> str:
-    """The path of the first site whose surroundings differ, comparing each module that owns a site with the original.
-
-    First the traced graph's attentions against the runtime's (a kernel or a store is wrong), then the original's
-    modules against a run with the traced attention (the trace is wrong).
-    """
-    traced: dict[int, Tensor] = {}
-
-    class Record(torch.fx.Interpreter):
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            out = super().call_function(target, args, kwargs)
-            if target is ATTEND:
-                traced[args[4]] = out
-            return out
-
-    with torch.no_grad():
-        Record(graph).run(ids[None], torch.arange(len(ids))[None])
-    ran = _runtime_sites(full, ids)
-    for site in full.plan.sites:
-        index, path = site.site.index, site.site.path
-        difference = float((traced[index].float() - ran[index].float()).abs().max())
-        if not difference <= 1e-2 * max(1.0, float(traced[index].float().abs().max())):
-            return f"{path} (site {index}): the runtime's attention differs from the traced graph's by {difference:.2e}"
-    return _first_module_difference(model, full, ids)
-
-
-def _runtime_sites(full: CompiledModel, ids: Tensor) -> dict[int, Tensor]:
-    from kvcompile.runtime.model import PackedCall
-
-    session = full.session()
-    call = PackedCall(full.plan, [session], [0], [len(ids)], only_last=False)
-    found: dict[int, Tensor] = {}
-
-    def attend(site: int, *rest: Any) -> Tensor:
-        found[site] = call.attend(site, *rest)
-        return found[site]
-
-    with torch.no_grad():
-        full.program.run(ids[None], torch.arange(len(ids))[None], attend, None)
-    return found
-
-
-def _first_module_difference(model: nn.Module, full: CompiledModel, ids: Tensor) -> str:
-    """Runs the original twice, with its own attention and with `kvc.attend` in its place, and compares the owners' outputs."""
-    from kvcompile.passes.huggingface import attention_as_nodes
-
-    paths = [site.site.path for site in full.plan.sites]
-
-    def outputs() -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        hooks = []
-        for path in paths:
-            try:
-                owner = model.get_submodule(path)
-            except AttributeError:
-                continue
-
-            def keep(_: nn.Module, __: Any, out: Any, path: str = path) -> None:
-                found[path] = (out[0] if isinstance(out, tuple) else out).float()
-
-            hooks.append(owner.register_forward_hook(keep))
-        try:
-            original_logits(model, ids)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
-
-    if not is_huggingface(model):
-        return "in a segment: every attention agrees, the logits do not"
-    expected = outputs()
-    with attention_as_nodes(model):
-        found = outputs()
-    for path in paths:
-        if path in expected:
-            difference = float((expected[path] - found[path]).abs().max())
-            if not difference <= 1e-2 * max(1.0, float(expected[path].abs().max())):
-                return f"{path}: the model's own attention differs from the traced one by {difference:.2e}"
-    return "in a segment: every attention agrees, the logits do not"

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ class CanonicaliseAttention:
 def _rewrite_sdpa(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     """query [1, H, s, D] and key, value [1, K, s, .] under a causal flag: out [1, H, s, E] from `kvc.attend`'s [1, s, H, E]."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     problem = None
     if given.get("attn_mask") is not None:
         problem = "with a mask tensor of its own"
@@ -108,8 +109,9 @@ def _views_after(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 
 def _describe(index: int, node: torch.fx.Node) -> AttentionSite:
-    query, key, value, sinks, _, scale, window, soft_cap = node.args
-    shapes = [fake_value(tensor).shape for tensor in (query, key, value)]  # type: ignore[arg-type]
+    arguments: tuple[Any, ...] = node.args
+    query, key, value, sinks, _, scale, window, soft_cap = arguments
+    shapes = [fake_value(tensor).shape for tensor in (query, key, value)]
     return AttentionSite(
         index=index,
         path=path_of(node) or f"site {index}",
@@ -117,9 +119,9 @@ def _describe(index: int, node: torch.fx.Node) -> AttentionSite:
         kv_heads=int(shapes[1][1]),
         head_dim=int(shapes[0][3]),
         value_dim=int(shapes[2][3]),
-        scale=float(scale),  # type: ignore[arg-type]
-        dtype=str(fake_value(query).dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        sliding_window=int(window) or None,  # type: ignore[call-overload]
-        soft_cap=float(soft_cap) or None,  # type: ignore[arg-type]
+        scale=float(scale),
+        dtype=str(fake_value(query).dtype).removeprefix("torch."),
+        sliding_window=int(window) or None,
+        soft_cap=float(soft_cap) or None,
         learnt_sinks=sinks is not None,
     )

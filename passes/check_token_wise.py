@@ -8,7 +8,7 @@ which finds what a list of operators can not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,12 @@ _ALONG_ARGUMENT: dict[str, int] = {
     "scatter_add": 1,
     "unfold": 1,
 }
-_ALWAYS_MIXING = frozenset({"conv1d", "convolution", "conv2d", "_fft_r2c", "fft_fft", "pad", "constant_pad_nd", "batch_norm", "lstm", "gru"})
+_ALWAYS_MIXING = frozenset(
+    {
+        *("conv1d", "convolution", "conv2d", "_fft_r2c", "fft_fft", "lstm", "gru"),
+        *("batch_norm", "group_norm", "instance_norm", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d"),
+    }
+)
 # a result without the token dimension is fine here: nothing of the tensor's content is in it
 _CONTENT_FREE = frozenset({"sym_size", "new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like"})
 _KEEPS_WHOLE = frozenset({"slice", "narrow"})
@@ -100,13 +105,16 @@ def _mixes(node: torch.fx.Node) -> str:
     sources = [source for source in node.all_input_nodes if token_dimensions(fake_value(source))]
     if not sources or name in _CONTENT_FREE:
         return ""
-    if name in _ALWAYS_MIXING and name != "constant_pad_nd" and name != "pad":
+    if name in _ALWAYS_MIXING:
         return f"{name} mixes neighbouring tokens"
     if name in ("pad", "constant_pad_nd") and _pads_tokens(node):
         return f"{name} shifts tokens"
-    for dimension in _dimensions_along(node, name):
-        value = fake_value(sources[0])
-        if dimension % value.dim() in token_dimensions(value) and not (name in _KEEPS_WHOLE and _same_tokens(node, value)):
+    if name == "index" and _picks_tokens(node):
+        return "index picks tokens by number"
+    operand: Any = node.args[0][0] if isinstance(node.args[0], (list, tuple)) else node.args[0]
+    value: Any = fake_value(operand) if isinstance(operand, torch.fx.Node) else None
+    for dimension in _dimensions_along(node, name) if isinstance(value, torch.Tensor) else ():
+        if dimension % max(1, value.dim()) in token_dimensions(value) and not (name in _KEEPS_WHOLE and _same_tokens(node, value)):
             return f"{name} works along the token dimension"
     if name in ("matmul", "bmm", "mm", "linear", "einsum", "addmm", "baddbmm") and _contracts_tokens(node):
         return f"{name} sums over tokens"
@@ -132,6 +140,12 @@ def _dimensions_along(node: torch.fx.Node, name: str) -> Iterator[int]:
             yield dimension
 
 
+def _picks_tokens(node: torch.fx.Node) -> bool:
+    """Whether `x[..., numbers, ...]` stands at x's token dimension."""
+    tokens = token_dimensions(fake_value(node.args[0]))  # type: ignore[arg-type]
+    return any(index is not None and dimension in tokens for dimension, index in enumerate(node.args[1]))  # type: ignore[arg-type]
+
+
 def _same_tokens(node: torch.fx.Node, source: torch.Tensor) -> bool:
     """A slice that keeps every token is none."""
     out = fake_value(node)
@@ -152,8 +166,7 @@ def _contracts_tokens(node: torch.fx.Node) -> bool:
     name = node.target._opname  # type: ignore[union-attr]
     if name in ("addmm", "baddbmm"):
         operands = operands[1:]
-    right: Callable[[torch.Tensor], int] = lambda value: value.dim() - 2  # noqa: E731
     left_last = operands[0].dim() - 1 in token_dimensions(operands[0])
     if name == "linear" or len(operands) < 2:
         return left_last
-    return left_last or (operands[1].dim() >= 2 and right(operands[1]) in token_dimensions(operands[1]))
+    return left_last or (operands[1].dim() >= 2 and operands[1].dim() - 2 in token_dimensions(operands[1]))

@@ -1,9 +1,10 @@
 """Make positions explicit: nothing but `position_ids` says where a token stands.
 
-1. `arange` over the token dimension, from 0 in steps of 1, becomes `position_ids[0]`.
+1. `arange` over the token dimension, from 0 in steps of 1, becomes `position_ids[0]`, and the first rows of a table, as
+   many as there are tokens (`table[:tokens]`), become the rows of those positions.
 2. The number of tokens in the call may shape tensors; used as a *value* it would make a token's result depend on how
    many tokens stand beside it, and is refused by its node.
-3. A table that is indexed by positions bounds every session (`position_rows`).
+3. A table whose rows are chosen by positions bounds every session (`position_rows`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kvcompile.ir.unit import Unit
 
 _aten = torch.ops.aten
 _ARANGE = (_aten.arange.default, _aten.arange.start, _aten.arange.start_step)
+_CUTS = (_aten.slice.Tensor, _aten.narrow.default)
 # operators whose size arguments only shape the result
 _SHAPING = frozenset(
     {
@@ -54,11 +56,14 @@ class MakePositionsExplicit:
 
     def run(self, unit: Unit) -> Unit:
         graph = unit.graph.graph
-        _, position_ids = graph.find_nodes(op="placeholder")
+        input_ids, position_ids = graph.find_nodes(op="placeholder")
         for target in _ARANGE:
             for node in graph.find_nodes(op="call_function", target=target):
                 if token_dimensions(fake_value(node)):
                     _replace_arange(graph, node, position_ids)
+        for node in [node for target in _CUTS for node in graph.find_nodes(op="call_function", target=target)]:
+            if token_dimensions(fake_value(node)) and not token_dimensions(fake_value(node.args[0])):
+                _replace_first_rows(graph, node, input_ids, position_ids)
         graph.eliminate_dead_code()
         for node in graph.nodes:
             _refuse_size_as_value(self.name, node)
@@ -94,6 +99,28 @@ def _replace_arange(graph: torch.fx.Graph, node: torch.fx.Node, position_ids: to
     graph.erase_node(node)
 
 
+def _replace_first_rows(graph: torch.fx.Graph, node: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node) -> None:
+    """table[..., :tokens, ...] -> index_select(table, dim, position_ids[0]); refuses other cuts that depend on the number of tokens."""
+    table, dim, start = node.args[0], *(*node.args[1:3], *(0, 0)[len(node.args[1:3]) :])
+    step = node.args[4] if len(node.args) > 4 else 1
+    tokens = str(fake_value(input_ids).shape[1])
+    if start not in (0, None) or step != 1 or str(fake_value(node).shape[dim]) != tokens:
+        raise UnsupportedGraphError(
+            Problem(
+                f"make_positions_explicit: {path_of(node) or node.name}",
+                f"the number of tokens decides where a table is cut: {node_text(node).strip()}",
+                "Let the model take position_ids as its second argument.",
+            )
+        )
+    with graph.inserting_before(node):
+        positions = graph.call_function(_aten.select.int, (position_ids, 0, 0))
+        rows = graph.call_function(_aten.index_select.default, (table, dim, positions))
+    positions.meta = dict(node.meta, val=fake_value(position_ids)[0])
+    rows.meta = dict(node.meta)
+    node.replace_all_uses_with(rows)
+    graph.erase_node(node)
+
+
 def _refuse_size_as_value(pass_name: str, node: torch.fx.Node) -> None:
     if node.op != "call_function" or is_size(node) or node.target in _SHAPING:
         return
@@ -115,4 +142,11 @@ def _position_rows(graph: torch.fx.Graph, position_ids: torch.fx.Node) -> int | 
         for node in graph.find_nodes(op="call_function", target=_aten.embedding.default)
         if depends_only_on(node.args[1], position_ids)
     ]
+    for node in graph.find_nodes(op="call_function", target=_aten.index_select.default):
+        if depends_only_on(node.args[2], position_ids):
+            rows.append(int(fake_value(node.args[0]).shape[node.args[1]]))
+    for node in graph.find_nodes(op="call_function", target=_aten.index.Tensor):
+        for dimension, index in enumerate(node.args[1]):
+            if index is not None and depends_only_on(index, position_ids):
+                rows.append(int(fake_value(node.args[0]).shape[dimension]))
     return min(rows, default=None)

@@ -45,7 +45,7 @@ class OutlineSegments:
             if site is not None:
                 values[site] = top.node_copy(site, lambda node: values[node])
         (output,) = unit.graph.graph.find_nodes(op="output")
-        top.output(values[output.args[0]])  # type: ignore[index]
+        top.output(values[output.args[0]])
         for index, segment in enumerate(distinct.segments):
             unit.graph.add_submodule(f"segment_{index}", segment)
         unit.graph.graph = top

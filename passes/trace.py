@@ -97,17 +97,19 @@ def _export(call: nn.Module) -> ExportedProgram:
     device = _device(call)
     parameter = next(iter(call.parameters()), None)
     mode: Any = getattr(parameter, "fake_mode", None)
-    tokens = Dim("tokens", min=1, max=MAX_TOKENS)
     with mode or contextlib.nullcontext():
         input_ids = torch.arange(EXAMPLE_TOKENS, device=device)[None] % 7 + 3
         position_ids = torch.arange(EXAMPLE_TOKENS, device=device)[None].contiguous()
+
+        def export(tokens: Any) -> ExportedProgram:
+            shapes = {"input_ids": {1: tokens}, "position_ids": {1: tokens}}
+            return torch.export.export(call, (input_ids, position_ids), dynamic_shapes=shapes, strict=False)
+
         try:
-            return torch.export.export(
-                call,
-                (input_ids, position_ids),
-                dynamic_shapes={"input_ids": {1: tokens}, "position_ids": {1: tokens}},
-                strict=False,
-            )
+            try:
+                return export(Dim("tokens", min=1, max=MAX_TOKENS))
+            except torch._dynamo.exc.UserError:
+                return export(Dim.DYNAMIC)  # a table of fewer rows bounds the number of tokens
         except UnsupportedGraphError:
             raise
         except Exception as error:  # torch.export raises dozens of classes; the user sees one

@@ -77,7 +77,7 @@ class CompiledModel:
 
     def session(self) -> Session:
         """An empty session."""
-        return Session(self, [[_make_store(site, group) for group in site.groups] for site in self.plan.sites], [])
+        return Session(self, [[make_store(site, group) for group in site.groups] for site in self.plan.sites], [])
 
     @torch.no_grad()
     def forward(self, batch: Sequence[tuple[Session, Tensor]], *, logits_of: str = "last") -> Tensor:
@@ -163,7 +163,8 @@ class CompiledModel:
 
         max_new_tokens=64; temperature=0.0 is greedy; seed (default: the spec's); stop: strings that end the text;
         chat=True wraps the prompt in the model's chat template; on_text is called with each piece of text as it comes,
-        on_chunk(read, total) after each chunk of the prompt; session continues an existing session.  The model's stop tokens end the text and are not part of it.
+        on_chunk(read, total) after each chunk of the prompt; session continues an existing session.
+        The model's stop tokens end the text and are not part of it.
         """
         return self.complete(prompt, **options).text
 
@@ -243,7 +244,7 @@ def _with_learnt_sinks(state: AttentionState, sinks_HG: Tensor) -> AttentionStat
     return merge_states(state, AttentionState(torch.zeros_like(state.out), lse))
 
 
-def _make_store(site: SitePlan, group: HeadGroup) -> KVStore:
+def make_store(site: SitePlan, group: HeadGroup) -> KVStore:
     facts = site.site
     dtype: torch.dtype = getattr(torch, group.policy.store.dtype or facts.dtype)
     heads = len(group.kv_heads)

@@ -63,7 +63,8 @@ class Session:
         """Read tokens, in chunks of `prefill.chunk_tokens`; the result does not depend on the chunk size.
 
         Returns the last position's logits, float32 `[vocabulary]`; with logits="all" every position's, float32
-        `[tokens, vocabulary]`.  on_chunk(read, total) is called after each chunk.  Raises SessionError for no tokens, ids outside the vocabulary, too long a context.
+        `[tokens, vocabulary]`.  on_chunk(read, total) is called after each chunk.
+        Raises SessionError for no tokens, ids outside the vocabulary, too long a context.
         """
         if logits not in ("last", "all"):
             raise SessionError(Problem("logits", f"{logits!r} is not known.", 'Write "last" or "all".'))

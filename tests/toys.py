@@ -2,7 +2,7 @@
 
 llama, gpt_oss, gemma2, gemma3   transformers' classes with random weights
 planted                          a sink and a retrieval head that can be lost, and the answer with them
-nanogpt, gated                   plain modules on scaled_dot_product_attention
+nanogpt, gated, sliced_table, shared_values   plain modules on scaled_dot_product_attention
 convolution, running_sum, spelt_out   what has to be refused
 """
 
@@ -295,3 +295,43 @@ def running_sum() -> nn.Module:
 def spelt_out() -> nn.Module:
     torch.manual_seed(0)
     return SpeltOut().eval()
+
+
+class SlicedTable(Mixed):
+    """Positions as tutorials add them: the first rows of a fixed table, `table[:, :tokens]`."""
+
+    ROWS = 60
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.register_buffer("table", torch.randn(1, self.ROWS, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.table[:, : ids.shape[1]]
+        heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+        return self.head(x + F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class SharedValues(nn.Module):
+    """Two layers that read the same keys and values; in the first, queries are the keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.key, self.query, self.head = nn.Embedding(32, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        key, value = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in (self.key(x), x))
+        x = x + F.scaled_dot_product_attention(key, key, value, is_causal=True).transpose(1, 2).flatten(2)
+        query = self.query(x).unflatten(2, (2, -1)).transpose(1, 2)
+        return self.head(x + F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def sliced_table() -> nn.Module:
+    torch.manual_seed(0)
+    return SlicedTable().eval()
+
+
+def shared_values() -> nn.Module:
+    torch.manual_seed(0)
+    return SharedValues().eval()

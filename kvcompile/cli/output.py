@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ class Output:
         self.as_json = as_json
         self.quiet = quiet
         self._status: Any = None
-        self._started = time.monotonic()
 
     def progress(self, line: str) -> None:
         """One line of progress: a spinner with the seconds so far on a terminal, a plain line elsewhere."""
@@ -30,16 +28,16 @@ class Output:
         if not sys.stderr.isatty():
             print(f"kvcompile: {line}", file=sys.stderr, flush=True)
             return
-        from rich.markup import escape
-
-        shown = f"[dim]{time.monotonic() - self._started:5.1f} s[/dim]  {escape(line)}"
         if self._status is None:
             from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            self._status = Console(stderr=True).status(shown)
+            columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+            self._status = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
+            self._status.add_task(line, total=None)
             self._status.start()
         else:
-            self._status.update(shown)
+            self._status.update(self._status.task_ids[0], description=line)
 
     def settle(self) -> None:
         """Takes the spinner away; call it before printing a result."""

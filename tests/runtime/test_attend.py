@@ -227,10 +227,10 @@ def test_temporary_memory_does_not_grow_with_the_context(new, dtype):
     assert 0 < largest[0] == largest[1] <= 8 << 20
 
 
-@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize("threads", [2])
 def test_bits_are_the_same_on_every_call_with_several_threads(threads):
     torch.set_num_threads(threads)
-    for new, tokens in ((1, 3000), (300, 1100)):
+    for new, tokens in ((1, 3000), (40, 1100)):
         query, key, value = problem(3, 3, new, tokens, 64, 64, torch.bfloat16)
         zone = {"sink_tokens": 5, "recent_tokens": 2000, "scale": 0.125}
         whole = attend_spans(query, cut(key, value, []), tokens - new, **zone)

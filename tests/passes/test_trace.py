@@ -1,0 +1,124 @@
+"""Trace: the model's own numbers for any number of tokens, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import toys
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from units import logits, some_ids
+
+from kvcompile.ir.attend_op import ATTEND
+from kvcompile.ir.errors import UnsupportedGraphError
+from kvcompile.ir.show import graph_text
+from kvcompile.passes.trace import _check_windows, bind_weights, trace
+
+
+def test_the_graph_of_a_plain_module(golden):
+    golden("trace", graph_text(trace(toys.planted())))
+
+
+@pytest.mark.parametrize("name", ["planted", "nanogpt", "sliced_table", "shared_values"])
+def test_a_plain_graph_computes_what_the_module_does(name):
+    model = getattr(toys, name)()
+    graph = trace(model)
+    for tokens in (2, 24, 33):
+        ids = some_ids(tokens, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(logits(graph, ids), model(ids[None])[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt_oss"])
+def test_a_transformers_graph_computes_what_the_model_does(name):
+    """Windows, soft caps and learnt sinks too: 33 tokens are far beyond the windows of 8."""
+    model = toys.llama(layers=1) if name == "llama" else getattr(toys, name)()
+    graph = trace(model)
+    ids = some_ids(33, 256)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(graph, ids), model(input_ids=ids[None]).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_weights_are_the_models_own_under_their_own_names():
+    model = toys.nanogpt(layers=1)
+    graph = trace(model)
+    assert {name for name, _ in graph.named_parameters()} == {name for name, _ in model.named_parameters()}
+    assert all(graph.get_parameter(name) is weight for name, weight in model.named_parameters())
+
+
+def test_an_in_place_operator_is_made_functional():
+    """Trap 39: dataflow questions about a graph with in-place operators are silently wrong."""
+
+    class InPlace(toys.Mixed):
+        def mix(self, x):
+            y = x.clone()
+            y.add_(1)
+            return y
+
+    graph = trace(InPlace().eval())
+    assert not any("add_" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_fake_weights_are_replaced_by_name():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        empty = toys.nanogpt(layers=1)
+    real = toys.nanogpt(layers=1)
+    graph = trace(empty)
+    assert bind_weights(graph, real)
+    ids = some_ids(9, 64)
+    torch.testing.assert_close(logits(graph, ids), real(ids[None])[0])
+
+
+def test_weights_of_another_model_are_not_bound():
+    graph = trace(toys.nanogpt(layers=1))
+    before = graph.get_parameter("words.weight")
+    assert not bind_weights(graph, toys.gated())
+    assert graph.get_parameter("words.weight") is before
+
+
+def test_training_mode_is_refused():
+    with pytest.raises(UnsupportedGraphError) as caught:
+        trace(toys.planted().train())
+    assert str(caught.value) == "trace: the model is in training mode.\n  Call model.eval() first."
+
+
+def test_a_module_that_export_cannot_trace_is_refused_with_its_reason():
+    class Branches(toys.Mixed):
+        def mix(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UnsupportedGraphError) as caught:
+        trace(Branches().eval())
+    text = str(caught.value)
+    assert text.startswith("trace: torch.export could not trace Branches: GuardOnDataDependentSymNode: Could not guard on data-dependent")
+    assert text.endswith("\n  Its forward must be traceable for a varying number of tokens, without a KV cache.")
+
+
+def test_a_window_that_no_attention_has_is_refused():
+    class Export:
+        graph = trace(toys.planted()).graph
+
+    Export.graph.call_function(ATTEND, (None, None, None, None, -1, 1.0, 8, 0.0))
+    _check_windows(Export, {8})
+    with pytest.raises(UnsupportedGraphError) as caught:
+        _check_windows(Export, {8, 32})
+    assert str(caught.value) == (
+        "trace: the model masks with a sliding window of [32] tokens but does not tell its attention.\n"
+        "  The window would be lost; the model cannot be compiled yet."
+    )
+
+
+def test_a_module_may_take_positions_and_return_a_tuple():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places = nn.Embedding(16, 8), nn.Embedding(40, 8)
+
+        def forward(self, ids, position_ids):
+            x = (self.words(ids) + self.places(position_ids))[:, None]
+            return F.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0], None
+
+    model = Positions().eval()
+    ids = some_ids(11, 16)
+    torch.testing.assert_close(logits(trace(model), ids), model(ids[None], torch.arange(11)[None])[0][0])
