@@ -1,4 +1,4 @@
-# make demo       install into .venv, compile SmolLM2-135M and generate with it
+# make demo       install into .venv, compile SmolLM2-135M, read a 6000-token text and answer from it
 # make test       every test            make test-fast   those that need no weights, under two minutes
 # make lint       ruff and mypy         make install     .venv only         make clean   .venv and everything built
 #
@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/kvcompile builtin:smollm2-duo --prompt "The capital of France is" --max-new-tokens 32 --contexts 8k,32k,128k
+	$(BIN)/python examples/needle.py specs/smollm2-duo.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -144,7 +144,8 @@ def _read(source: Any, spec: Any, overrides: tuple[str, ...]) -> tuple[nn.Module
 
     if spec is None:
         if source is None or isinstance(source, nn.Module):
-            raise SpecError(Problem("compile", "there is no spec.", "Give spec= a path, a dict or a Spec; {'kvcompile': 1} is policy full."))
+            mend = "Give spec= a path, a dict or a Spec; {'kvcompile': 1} is policy full."
+            raise SpecError(Problem("compile", "there is no spec.", mend))
         return None, _with_model(load_spec(source, overrides=overrides), None)
     checked = load_spec(spec, overrides=overrides)
     if isinstance(source, nn.Module):
@@ -164,9 +165,8 @@ def _with_model(spec: Spec, path: str | Path | None) -> Spec:
             )
         return replace(spec, model=ModelSource(str(path), where="source"))
     if spec.model is None:
-        raise SpecError(
-            Problem(spec.where("model"), "the spec names no model.", "Write `model: {path: ...}`, or give a module: compile(module, spec=...).")
-        )
+        mend = "Write `model: {path: ...}`, or give a module: compile(module, spec=...)."
+        raise SpecError(Problem(spec.where("model"), "the spec names no model.", mend))
     return spec
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.passes.huggingface import attention_as_nodes, is_huggingface
+from kvcompile.passes.trace import takes_positions
 from kvcompile.runtime.model import CompiledModel, PackedCall
 
 TOLERANCE = 1e-2  # of the largest value: what is wrong is wrong by more, and bfloat16 rounds by less
@@ -22,7 +23,10 @@ IN_A_SEGMENT = "in a segment: every attention agrees, the logits do not"
 def original_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits [tokens, vocabulary] of the model as its author wrote it, at least float32.  ids: [tokens]."""
     with torch.no_grad():
-        out = model(input_ids=ids[None], use_cache=False) if is_huggingface(model) else model(ids[None])
+        if is_huggingface(model):
+            out = model(input_ids=ids[None], use_cache=False)
+        else:
+            out = model(ids[None], torch.arange(len(ids))[None]) if takes_positions(model) else model(ids[None])
     logits: Tensor = out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
     return logits[0] if logits.dtype == torch.float64 else logits[0].float()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from kvcompile.codegen.reproducer import reproducer_source
 from kvcompile.ir.errors import KvcompileError, Problem, SpecError
 from kvcompile.ir.graphs import write_graphml, write_svg
-from kvcompile.ir.show import difference, graph_text
+from kvcompile.ir.show import difference, graph_text, unit_text
 from kvcompile.ir.unit import Pass, Unit
 from kvcompile.passes.assign_policies import AssignPolicies
 from kvcompile.passes.build_zones import BuildZones
@@ -38,7 +38,8 @@ class Pipeline:
     """Runs passes over a unit.
 
     stop_after: the name of the last pass to run ("trace" runs none).
-    dump:       folder that gets a numbered text of the graph, its GraphML and SVG, and the difference, after each pass.
+    dump:       folder that gets, after each pass, a numbered text of what is known and of the graph, the difference that
+                the pass made, and where it changed the graph its GraphML and SVG.
     on_pass:    called with each pass's name and seconds.
     """
 
@@ -50,7 +51,7 @@ class Pipeline:
         names = ["trace", *(each.name for each in self.passes)]
         if stop_after is not None and stop_after not in names:
             raise SpecError(Problem("--stop-after", f"there is no pass {stop_after!r}.", f"Passes: {', '.join(names)}."))
-        before = graph_text(unit.graph)
+        before = _text(unit)
         self._dump(0, "trace", unit, "", before)
         for number, each in enumerate(self.passes[: names.index(stop_after)] if stop_after else self.passes, start=1):
             missing = [name for name in each.requires if name not in unit.passed]
@@ -65,7 +66,7 @@ class Pipeline:
             unit = replace(unit, passed=(*unit.passed, each.name))
             self.on_pass(each.name, time.perf_counter() - started)
             if self.dump is not None:
-                after = graph_text(unit.graph)
+                after = _text(unit)
                 self._dump(number, each.name, unit, before, after)
                 before = after
         return unit
@@ -77,8 +78,9 @@ class Pipeline:
         stem = f"{number:02d}-{name}"
         (self.dump / f"{stem}.txt").write_text(after)
         (self.dump / f"{stem}.diff").write_text(difference(before, after) + "\n")
-        write_graphml(unit.graph, self.dump / f"{stem}.graphml")
-        write_svg(unit.graph, self.dump / f"{stem}.svg")
+        if not before.endswith(graph_text(unit.graph)):
+            write_graphml(unit.graph, self.dump / f"{stem}.graphml")
+            write_svg(unit.graph, self.dump / f"{stem}.svg")
 
     def _reproduce(self, name: str, before: str, unit: Unit, error: Exception) -> None:
         """What is needed to repeat a failure: the graph as a runnable module with weights of the same shapes."""
@@ -86,3 +88,7 @@ class Pipeline:
             return
         (self.dump / "failed.txt").write_text(f"{name}: {error}\n\n{before}")
         (self.dump / "reproduce.py").write_text(reproducer_source(unit.graph, name))
+
+
+def _text(unit: Unit) -> str:
+    return f"{unit_text(unit)}\n{graph_text(unit.graph)}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -62,16 +63,22 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
         context = huggingface.attention_as_nodes(model)
         call = _HuggingFaceCall(model)
     else:
-        parameters = inspect.signature(model.forward).parameters.values()
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        call = _PlainCall(model, takes_positions=len(positional) >= 2 and positional[1].name == "position_ids")
-    with context as masks, torch.no_grad():
+        call = _PlainCall(model, takes_positions(model))
+    with context as masks, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.export warns of its own internals
         program = _export(call)
         if masks is not None:
             _check_windows(program, masks.windows)
         if any(_mutates(node) for node in program.graph.nodes):
             program = program.run_decompositions({})
     return _as_plain_graph(program)
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a plain module's second argument is `position_ids`."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) >= 2 and positional[1].name == "position_ids"
 
 
 def _check_windows(program: ExportedProgram, asked: set[int]) -> None:

@@ -90,25 +90,31 @@ class CompiledModel:
         if len(set(map(id, sessions))) != len(sessions):
             raise SessionError(Problem("step", "a session stands twice in one call.", "Fork it, or call once for each token."))
         for session, ids in batch:
-            if session.model.program is not self.program:
+            if session.model.program is not self.program or session.model.plan is not self.plan:
                 raise SessionError(Problem("step", "a session of another model.", "Use sessions that this model made."))
             session.check_usable()
             session.check_room(len(ids))
-        if self.spec.target.deterministic and len(batch) > 1:
-            return torch.cat([self.forward([one], logits_of=logits_of) for one in batch])
+            session.warn_beyond_context(len(ids))
+        before = [len(session) for session in sessions]
+        try:
+            if self.spec.target.deterministic:
+                return torch.cat([self._forward([one], logits_of) for one in batch])
+            return self._forward(batch, logits_of)
+        except BaseException as error:
+            for session, length in zip(sessions, before, strict=True):
+                session.restore_after_failure(length, error)
+            raise
+
+    def _forward(self, batch: Sequence[tuple[Session, Tensor]], logits_of: str) -> Tensor:
+        sessions = [session for session, _ in batch]
         before = [len(session) for session in sessions]
         lengths = [len(ids) for _, ids in batch]
         ends = torch.tensor(lengths).cumsum(0)
         wanted = ends - 1 if logits_of == "last" else None
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(before, lengths, strict=True)])
         call = PackedCall(self.plan, sessions, before, lengths, only_last=logits_of == "last")
-        try:
-            input_ids = torch.cat([ids for _, ids in batch])[None]
-            logits = self.program.run(input_ids, positions[None], call.attend, wanted)[0].float()
-        except BaseException as error:
-            for session, length in zip(sessions, before, strict=True):
-                session.restore_after_failure(length, error)
-            raise
+        input_ids = torch.cat([ids for _, ids in batch])[None]
+        logits = self.program.run(input_ids, positions[None], call.attend, wanted)[0].float()
         for session, ids in batch:
             session.tokens.extend(ids.tolist())
         return logits
@@ -141,12 +147,12 @@ class CompiledModel:
         if temperature < 0:
             raise SessionError(Problem("temperature", f"{temperature} is negative.", "0 is greedy; 1 samples the model's distribution."))
         ids = self._prompt_ids(prompt, chat)
-        session = session or self.session()
+        session = self.session() if session is None else session  # an empty session is false
         generator = torch.Generator().manual_seed(self.spec.seed if seed is None else seed)
         started = time.perf_counter()
         logits = session.prefill(ids, on_chunk=on_chunk)
         prefilled = time.perf_counter()
-        writer = _TextWriter(self.tokenizer, tuple(stop), on_text)
+        writer = _TextWriter(self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), on_text)
         stopped = False
         while True:
             token = _choose(logits, temperature, generator)
@@ -304,9 +310,9 @@ class _TextWriter:
 
     def _held_back(self, text: str) -> int:
         """Characters that may still change: half a character, or the beginning of a stop string."""
-        if text.endswith("�"):
-            return 1
-        return max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        whole = text.rstrip("�")
+        begun = max((n for stop in self._stop for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
+        return len(text) - len(whole) + begun
 
     def _show(self, upto: int) -> None:
         if self._on_text is not None and upto > self._shown:

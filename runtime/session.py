@@ -69,6 +69,7 @@ class Session:
         if logits not in ("last", "all"):
             raise SessionError(Problem("logits", f"{logits!r} is not known.", 'Write "last" or "all".'))
         ids = as_token_ids(tokens, self.model.vocabulary)
+        self.check_room(len(ids))
         parts: list[Tensor] = []
         read = 0
         for chunk in ids.split(self.model.chunk_tokens):
@@ -131,7 +132,7 @@ class Session:
             raise SessionError(Problem("session", self._broken, "Start a new session, or fork before risky calls."))
 
     def check_room(self, tokens: int) -> None:
-        """Raises SessionError when a model with learnt positions has none left; warns once beyond the declared context."""
+        """Raises SessionError when a model with learnt positions has none left."""
         plan, length = self.model.plan, len(self) + tokens
         if plan.position_rows is not None and length > plan.position_rows:
             raise SessionError(
@@ -141,11 +142,16 @@ class Session:
                     "Start a new session, or roll back.",
                 )
             )
+
+    def warn_beyond_context(self, tokens: int) -> None:
+        """Warns once, when the declared context is passed."""
+        plan, length = self.model.plan, len(self) + tokens
         if plan.context_tokens is not None and len(self) <= plan.context_tokens < length:
-            warnings.warn(f"beyond the {plan.context_tokens} tokens that the model was made for", stacklevel=4)
+            warnings.warn(f"beyond the {plan.context_tokens} tokens that the model was made for", stacklevel=5)
 
     def restore_after_failure(self, length: int, cause: BaseException) -> None:
-        """Bring every store back to `length` tokens after a call that did not finish; break the session if a ring cannot."""
+        """Bring the session back to `length` tokens after a call that did not finish; break it if a ring cannot follow."""
+        del self.tokens[length:]
         for stores in self._stores:
             for store in stores:
                 surplus = store.tokens - length

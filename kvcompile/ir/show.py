@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kvcompile.ir.tokens import fake_value, path_of
+from kvcompile.ir.unit import Unit
 
 _SHORT = {
     torch.float64: "f64",
@@ -75,3 +76,30 @@ def difference(before: str, after: str, context: int = 0) -> str:
     """What changed between two texts, as a unified diff without headers or line numbers; "" when nothing did."""
     diff = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=context)
     return "\n".join(line for line in list(diff)[2:] if not line.startswith("@@"))
+
+
+def unit_text(unit: Unit) -> str:
+    """What passes learnt, one fact a line: sites, policies, groups with capacity, device and kernel."""
+    lines = []
+    for site in unit.sites:
+        facts = f"{site.query_heads} query heads over {site.kv_heads}, head_dim {site.head_dim}/{site.value_dim}, scale {site.scale:g}"
+        lines.append(f"site {site.index} {site.path}: {facts}, {site.dtype}")
+    for site, policies in zip(unit.sites, unit.policies, strict=False):
+        lines.append(f"policies {site.index}: {', '.join(policy.name for policy in policies)}")
+    for plan in unit.plan.sites if unit.plan else ():
+        for group in plan.groups:
+            zones = " and ".join(zone.describe() for zone in group.policy.zones)
+            line = f"group {plan.site.index}: KV heads {list(group.kv_heads)} {group.policy.name} ({zones})"
+            line += f" {group.policy.store.dtype}" if group.policy.store.dtype else ""
+            line += f" rollback {group.policy.rollback_tokens}" if group.policy.rollback_tokens else ""
+            line += f", capacity {group.capacity_tokens} on {group.device}" if group.capacity_tokens else ""
+            request = group.request
+            if request:
+                seen = "all" if request.recent_tokens is None else f"{request.sink_tokens} + {request.recent_tokens}"
+                line += f", {request.kind} {request.device} {request.store_dtype}->{request.compute_dtype} sees {seen} key {request.key}"
+            lines.append(line)
+    if unit.plan:
+        lines.append(f"weights {unit.plan.weight_bytes} bytes")
+        lines += [f"note: {note}" for note in unit.plan.notes]
+    lines += [f"position rows {unit.position_rows}"] * (unit.position_rows is not None)
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in unit.warnings)]) + "\n"

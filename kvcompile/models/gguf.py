@@ -11,8 +11,10 @@ dtypes, and rounding a float32 load to bfloat16 gives exactly the bfloat16 load.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def key(file: Path) -> str:
     return f"gguf-{cache.checksum(file)[:24]}-transformers{transformers.__version__.split('.')[0]}-{_FORMAT}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def converted(file: Path, *, where: str, progress: Progress) -> Iterator[Path]:
     """The folder with the dequantised copy, made if it is not there, in place while the context lasts."""
 
@@ -72,10 +74,13 @@ def _convert(file: Path, folder: Path, where: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     dtype = getattr(torch, copy_dtype(read_config(file, where=where)))
+    # transformers' GGUF reader draws a bar that no setting of its own turns off
+    bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype, local_files_only=True
-        )
+        with bar:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype, local_files_only=True
+            )
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except Exception as error:
         raise unreadable(file, where, error) from error

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import toys
+from units import before, learnt, texts
+
+from kvcompile.ir.errors import CapacityError
+from kvcompile.ir.show import difference
+from kvcompile.ir.spec import Target
+from kvcompile.passes.place import DEFAULT_CAPACITY_TOKENS, Place
+
+RULES = [{"policy": "short", "kv_heads": 0}]
+
+
+def test_growable_stores_get_a_capacity(golden):
+    golden("place", learnt("place", toys.gated(), heads=RULES))
+
+
+def test_the_graph_is_not_touched():
+    assert difference(*texts("place", toys.gated(), heads=RULES)) == ""
+
+
+@pytest.mark.parametrize(
+    ("context", "rows", "capacity"),
+    [(None, None, DEFAULT_CAPACITY_TOKENS), (512, None, 512), (512, 64, 64), (1 << 30, None, 1 << 20)],
+)
+def test_the_capacity_is_what_the_model_was_made_for(context, rows, capacity):
+    unit = replace(before("place", toys.gated(inner=(16,))), context_tokens=context, position_rows=rows)
+    assert Place().run(unit).plan.sites[0].groups[0].capacity_tokens == capacity
+
+
+def test_every_group_gets_the_target_device():
+    unit = before("place", toys.gated(inner=(16,)))
+    placed = Place().run(replace(unit, spec=replace(unit.spec, target=Target(device="cuda"))))
+    assert {group.device for site in placed.plan.sites for group in site.groups} == {"cuda"}
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_its_parts():
+    unit = before("place", toys.llama(layers=2), target={"memory": "1MiB"})
+    with pytest.raises(CapacityError) as caught:
+        Place().run(replace(unit, context_tokens=4096))
+    text = str(caught.value)
+    # 2 layers, 2 KV heads of 16 + 16 floats of 4 bytes: 512 bytes a token
+    assert re.fullmatch(
+        r"<spec>: target\.memory: the plan needs 2 MiB \(0 MiB of weights, 2 MiB for one session of 4096 tokens\), "
+        r"more than the declared 1 MiB\.\n  Declare more memory, give more heads a streaming policy, or choose a smaller dtype\.",
+        text,
+    ), text
+
+
+def test_a_streaming_plan_fits_where_a_full_one_does_not():
+    unit = before("place", toys.llama(layers=2), target={"memory": "1MiB"}, heads=[{"policy": "short"}])
+    Place().run(replace(unit, context_tokens=1 << 20))
