@@ -164,13 +164,18 @@ def _as_plain_graph(program: ExportedProgram) -> torch.fx.GraphModule:
 def bind_weights(graph: torch.fx.GraphModule, model: nn.Module) -> bool:
     """Give a graph traced from fake weights the real ones of `model`, by name.
 
-    False, and nothing changed, when the graph holds a constant that the model does not name: trace the real model.
+    False, and nothing changed, when the graph holds a constant that the model does not name, or names with another
+    shape or dtype: trace the real model.
     """
     targets = {node.target for node in graph.graph.find_nodes(op="get_attr")}
     try:
         tensors = {target: _get(model, target) for target in targets}
     except AttributeError:
         return False
+    for target, tensor in tensors.items():
+        traced = _get(graph, target)
+        if (traced.shape, traced.dtype) != (tensor.shape, tensor.dtype):
+            return False
     for target, tensor in tensors.items():
         _set(graph, target, tensor)
     return True

@@ -17,7 +17,8 @@ def test_a_node_is_one_line_with_its_shape_first_and_its_module_last():
     graph = after("canonicalise_attention", toys.nanogpt(layers=1)).graph
     lines = [node_text(node) for node in graph.graph.nodes]
     assert all("\n" not in line for line in lines)
-    assert "f32[1, s, 96]           %linear = aten.linear.default(%layer_norm, %model_blocks_0_qkv_weight, %model_blocks_0_qkv_bias)" in str(lines)
+    weight = "%model_blocks_0_qkv"
+    assert f"f32[1, s, 96]           %linear = aten.linear.default(%layer_norm, {weight}_weight, {weight}_bias)" in str(lines)
     assert lines[-1].startswith("return ")
     assert any(line.endswith("# blocks.0.qkv") for line in lines)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -44,11 +43,11 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_parts():
         Place().run(replace(unit, context_tokens=4096))
     text = str(caught.value)
     # 2 layers, 2 KV heads of 16 + 16 floats of 4 bytes: 512 bytes a token
-    assert re.fullmatch(
-        r"<spec>: target\.memory: the plan needs 2 MiB \(0 MiB of weights, 2 MiB for one session of 4096 tokens\), "
-        r"more than the declared 1 MiB\.\n  Declare more memory, give more heads a streaming policy, or choose a smaller dtype\.",
-        text,
-    ), text
+    assert text.startswith("<spec>: target.memory: the plan needs 2 MiB (0 MiB of weights, 2 MiB for one session of 4096 tokens)")
+    assert text.endswith(
+        "tokens), more than the declared 1 MiB.\n"
+        "  Declare more memory, give more heads a streaming policy, or choose a smaller dtype."
+    )
 
 
 def test_a_streaming_plan_fits_where_a_full_one_does_not():
