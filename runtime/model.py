@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,37 +11,16 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
-from kvcompile.ir.policy import All, HeadPolicy, SinkRecent
+from kvcompile.ir.policy import All, SinkRecent
 from kvcompile.ir.spec import Spec
 from kvcompile.runtime.attend import attend_spans
+from kvcompile.runtime.generation import Generation, complete
 from kvcompile.runtime.growable import GrowableStore
-from kvcompile.runtime.merge import AttentionState, merge_states
+from kvcompile.runtime.merge import apply_learnt_sinks
 from kvcompile.runtime.program import Program
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.session import Session, Tokens, as_token_ids
 from kvcompile.runtime.store import KVStore
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What `CompiledModel.complete` made.  Seconds are wall time; stored_bytes is the session's at the end."""
-
-    text: str
-    tokens: tuple[int, ...]
-    prompt_tokens: int
-    prefill_s: float
-    decode_s: float
-    stored_bytes: int
-    stopped: bool
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Tokens a second after the first, which the prefill gives; 0.0 when there is no second token."""
-        return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 and self.decode_s > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +29,7 @@ class CompiledModel:
 
     vocabulary:   number of logits.
     stop_tokens:  ids that end `generate`.
-    verification: what the compile proved (None when it was switched off by `verify.tokens: 0`).
+    verification: what the compile proved (kvcompile/verify.py); None while it is being proved.
     timings:      seconds of each stage of the compile.
     """
 
@@ -128,41 +106,9 @@ class CompiledModel:
             )
         return self.forward([(session, ids[place : place + 1]) for place, session in enumerate(sessions)])
 
-    def complete(
-        self,
-        prompt: str | Tokens,
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        stop: Iterable[str] = (),
-        chat: bool = False,
-        on_text: Callable[[str], None] | None = None,
-        on_chunk: Callable[[int, int], None] | None = None,
-        session: Session | None = None,
-    ) -> Generation:
-        """Continue a prompt; see `generate`.  Returns the text with what it cost."""
-        if max_new_tokens < 1:
-            raise SessionError(Problem("max_new_tokens", f"{max_new_tokens} is less than 1.", "Ask for at least one token."))
-        if temperature < 0:
-            raise SessionError(Problem("temperature", f"{temperature} is negative.", "0 is greedy; 1 samples the model's distribution."))
-        ids = self._prompt_ids(prompt, chat)
-        session = self.session() if session is None else session  # an empty session is false
-        generator = torch.Generator().manual_seed(self.spec.seed if seed is None else seed)
-        started = time.perf_counter()
-        logits = session.prefill(ids, on_chunk=on_chunk)
-        prefilled = time.perf_counter()
-        writer = _TextWriter(self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), on_text)
-        stopped = False
-        while True:
-            token = _choose(logits, temperature, generator)
-            stopped = token in self.stop_tokens or writer.add(token)
-            if stopped or len(writer.tokens) >= max_new_tokens:
-                break
-            logits = session.step(token)
-        finished = time.perf_counter()
-        text = writer.finish()
-        return Generation(text, tuple(writer.tokens), len(ids), prefilled - started, finished - prefilled, session.nbytes(), stopped)
+    def complete(self, prompt: str | Tokens, **options: Any) -> Generation:
+        """Continue a prompt, as `generate` does; returns the text with what it cost."""
+        return complete(self, prompt, **options)
 
     def generate(self, prompt: str | Tokens, **options: Any) -> str:
         """The text that continues `prompt` (a string, or token ids).
@@ -179,20 +125,6 @@ class CompiledModel:
         if self.explanation is None:
             return f"{self.name}: {len(self.plan.sites)} attention sites, {self.plan.weight_bytes} bytes of weights"
         return self.explanation(self)
-
-    def _prompt_ids(self, prompt: str | Tokens, chat: bool) -> Tensor:
-        if not isinstance(prompt, str):
-            return as_token_ids(prompt, self.vocabulary)
-        if self.tokenizer is None:
-            raise SessionError(Problem("prompt", "the model has no tokenizer.", "Give token ids, or pass tokenizer= to kvcompile.compile."))
-        if chat:
-            ids = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
-            ids = ids["input_ids"] if hasattr(ids, "keys") else ids
-        else:
-            ids = self.tokenizer(prompt)["input_ids"]
-        if not ids:
-            raise SessionError(Problem("prompt", "the prompt is empty.", "Give at least one token."))
-        return as_token_ids(ids, self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -218,7 +150,7 @@ class PackedCall:
             query_KGSD = query[0, :, start + skip : start + length].unflatten(0, (facts.kv_heads, facts.queries_per_kv))
             out_SKGE = out[0, row : row + length - skip].unflatten(1, (facts.kv_heads, facts.queries_per_kv))
             for group, store in zip(plan.groups, session.stores(site), strict=True):
-                heads = _as_index(group.kv_heads, facts.kv_heads)
+                heads = _as_index(group.kv_heads)
                 spans = store.extend(key[0, heads, start : start + length], value[0, heads, start : start + length])
                 assert group.request is not None
                 state = attend_spans(
@@ -231,26 +163,21 @@ class PackedCall:
                     soft_cap=facts.soft_cap,
                 )
                 if sinks is not None:
-                    state = _with_learnt_sinks(state, sinks.unflatten(0, (facts.kv_heads, facts.queries_per_kv))[heads])
+                    state = apply_learnt_sinks(state, sinks.unflatten(0, (facts.kv_heads, facts.queries_per_kv))[heads])
                 out_SKGE[:, heads] = state.out.permute(2, 0, 1, 3).to(out.dtype)
             start += length
             row += length - skip
         return out
 
 
-def _as_index(kv_heads: tuple[int, ...], all_heads: int) -> slice | list[int]:
+def _as_index(kv_heads: tuple[int, ...]) -> slice | list[int]:
     """A slice where the heads are consecutive, so that nothing is copied."""
     first, last = kv_heads[0], kv_heads[-1]
     return slice(first, last + 1) if kv_heads == tuple(range(first, last + 1)) else list(kv_heads)
 
 
-def _with_learnt_sinks(state: AttentionState, sinks_HG: Tensor) -> AttentionState:
-    """One more logit in the denominator: a zone with output 0 and that log-sum-exp."""
-    lse = sinks_HG[:, :, None].to(state.lse.dtype).expand_as(state.lse)
-    return merge_states(state, AttentionState(torch.zeros_like(state.out), lse))
-
-
 def make_store(site: SitePlan, group: HeadGroup) -> KVStore:
+    """The empty store of a group of KV heads, as the plan placed it."""
     facts = site.site
     dtype: torch.dtype = getattr(torch, group.policy.store.dtype or facts.dtype)
     heads = len(group.kv_heads)
@@ -263,58 +190,3 @@ def make_store(site: SitePlan, group: HeadGroup) -> KVStore:
             return RingStore(
                 heads, facts.head_dim, facts.value_dim, dtype, zone.sink_tokens, zone.recent_tokens, group.policy.rollback_tokens
             )
-
-
-def full_policy() -> HeadPolicy:
-    """Every KV head keeps every token."""
-    return HeadPolicy("full", (All(),))
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    weights = torch.softmax(logits / temperature, dim=-1)
-    return int(torch.multinomial(weights, 1, generator=generator))
-
-
-class _TextWriter:
-    """Turns tokens into text as they come: whole characters only, stop strings cut off."""
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], on_text: Callable[[str], None] | None) -> None:
-        self.tokens: list[int] = []
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._on_text = on_text
-        self._shown = 0
-        self._text = ""
-
-    def add(self, token: int) -> bool:
-        """Take one more token; True when a stop string ends the text here."""
-        self.tokens.append(token)
-        if self._tokenizer is None or not (self._stop or self._on_text):
-            return False
-        text: str = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        self._text = text[: min(found)] if found else text
-        held = 0 if found else self._held_back(self._text)
-        self._show(len(self._text) - held)
-        return bool(found)
-
-    def finish(self) -> str:
-        if self._tokenizer is None:
-            return ""
-        if not (self._stop or self._on_text):
-            self._text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
-        self._show(len(self._text))
-        return self._text
-
-    def _held_back(self, text: str) -> int:
-        """Characters that may still change: half a character, or the beginning of a stop string."""
-        whole = text.rstrip("�")
-        begun = max((n for stop in self._stop for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
-        return len(text) - len(whole) + begun
-
-    def _show(self, upto: int) -> None:
-        if self._on_text is not None and upto > self._shown:
-            self._on_text(self._text[self._shown : upto])
-            self._shown = upto

@@ -11,7 +11,7 @@ from units import some_ids
 
 import kvcompile
 from kvcompile.ir.errors import SessionError
-from kvcompile.runtime import model as runtime_model
+from kvcompile.runtime import generation
 
 
 class Bytes:
@@ -40,7 +40,7 @@ def says(monkeypatch):
 
     def script(text: str) -> None:
         tokens = iter([*text.encode(), *[0] * 100])
-        monkeypatch.setattr(runtime_model, "_choose", lambda *rest: next(tokens))
+        monkeypatch.setattr(generation, "choose", lambda *rest: next(tokens))
 
     return script
 

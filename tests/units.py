@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,14 +37,26 @@ def after(name: str, model: nn.Module, **sections: Any) -> Unit:
     return Pipeline().run(traced(model, **sections), stop_after=name)
 
 
+def both(name: str, model: nn.Module, **sections: Any) -> tuple[Unit, Unit]:
+    """The unit before and after a pass, from one trace."""
+    (this,) = (each for each in PASSES if each.name == name)
+    unit = before(name, model, **sections)
+    kept = replace(unit, graph=copy.deepcopy(unit.graph))
+    done = this.run(unit)
+    this.ensures(done)
+    return kept, done
+
+
 def texts(name: str, model: nn.Module, **sections: Any) -> tuple[str, str]:
     """The graph before and after a pass."""
-    return graph_text(before(name, model, **sections).graph), graph_text(after(name, model, **sections).graph)
+    one, two = both(name, model, **sections)
+    return graph_text(one.graph), graph_text(two.graph)
 
 
 def learnt(name: str, model: nn.Module, **sections: Any) -> str:
     """What a pass adds to what is known of the model, as a difference."""
-    return difference(unit_text(before(name, model, **sections)), unit_text(after(name, model, **sections)))
+    one, two = both(name, model, **sections)
+    return difference(unit_text(one), unit_text(two))
 
 
 def logits(graph: torch.fx.GraphModule, ids: torch.Tensor) -> torch.Tensor:
@@ -57,7 +71,7 @@ def some_ids(tokens: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
 
 def agrees_before_and_after(name: str, model: nn.Module, vocabulary: int, **sections: Any) -> None:
     """Asserts that a pass does not change what the graph computes, for numbers of tokens that the trace did not see."""
-    one, two = before(name, model, **sections).graph, after(name, model, **sections).graph
+    one, two = (unit.graph for unit in both(name, model, **sections))
     for tokens in (1, 5, 40):
         ids = some_ids(tokens, vocabulary)
         torch.testing.assert_close(logits(two, ids), logits(one, ids), rtol=1e-5, atol=1e-5)

@@ -16,7 +16,8 @@ from kvcompile.report import Table, plan_dict, plan_remarks, plan_tables, plan_t
 
 if TYPE_CHECKING:
     from kvcompile.ir.plan import Plan
-    from kvcompile.runtime.model import CompiledModel, Generation
+    from kvcompile.runtime.generation import Generation
+    from kvcompile.runtime.model import CompiledModel
 
 
 @dataclass(frozen=True)

