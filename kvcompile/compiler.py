@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from kvcompile.ir.spec import ModelSource, Spec
 from kvcompile.ir.unit import Unit
 from kvcompile.models import cache
 from kvcompile.models.load import open_model
-from kvcompile.models.opened import OpenedModel
+from kvcompile.models.opened import OpenedModel, token_ids
 from kvcompile.passes.trace import bind_weights, trace
 from kvcompile.pipeline import Pipeline
+from kvcompile.report import DEFAULT_CONTEXTS, plan_text, report_compiled
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.runtime.program import Program
 from kvcompile.verify import Verification, record_key, verify
@@ -78,6 +79,7 @@ def compile(
     overrides: tuple[str, ...] = (),
     progress: Progress | None = None,
     dump: str | Path | None = None,
+    contexts: Sequence[int] = DEFAULT_CONTEXTS,
 ) -> CompiledModel:
     """Compile a causal language model.
 
@@ -86,11 +88,12 @@ def compile(
     compile("folder-or-file.gguf", spec=…)  the source is the model's path; the spec names none
 
     overrides: `a.b=value` as the command's --set.  progress: called with a line for each stage.  dump: a folder for the
-    graph after each pass.
+    graph after each pass.  contexts: lengths that the report of `output.directory` tells bytes for.
     Raises KvcompileError (SpecError, ModelError, UnsupportedGraphError, CapacityError, TargetError, VerificationError).
     """
     module, checked = _read(source, spec, overrides)
     _check_target(checked)
+    _check_output(checked)
     stages = _Stages(progress or _silent)
     opened = None if module is not None else _open(checked, stages)
     unit = _run(checked, opened, module, stages, None, dump)
@@ -113,7 +116,9 @@ def compile(
         warnings=unit.warnings,
         explanation=_explain,
     )
-    return replace(compiled, verification=_verified(compiled, module, unit.graph, opened, stages))
+    compiled = replace(compiled, verification=_verified(compiled, module, unit.graph, opened, stages))
+    report_compiled(compiled, contexts)
+    return compiled
 
 
 def run_passes(
@@ -132,9 +137,18 @@ def run_passes(
     return PassResult(unit.graph, unit.plan, stages.seconds, unit.warnings)
 
 
-def make_plan(spec: str | Path | Mapping[str, Any] | Spec, *, module: nn.Module | None = None, progress: Progress | None = None) -> Plan:
-    """The plan, without loading weights.  Raises CapacityError when it does not fit `target.memory`."""
-    plan = run_passes(spec, module=module, stop_after="request_kernels", progress=progress).plan
+def make_plan(
+    spec: str | Path | Mapping[str, Any] | Spec,
+    *,
+    module: nn.Module | None = None,
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The plan, without loading weights; `run_passes` tells the warnings too.
+
+    Raises CapacityError when it does not fit `target.memory`.
+    """
+    plan = run_passes(spec, module=module, stop_after="request_kernels", dump=dump, progress=progress).plan
     assert plan is not None
     return plan
 
@@ -180,8 +194,32 @@ def _check_target(spec: Spec) -> None:
                 "Write `device: cpu`; validate, plan, --show, --dump and --stop-after work for cuda without a device.",
             )
         )
-    if spec.target.threads is not None:
-        torch.set_num_threads(spec.target.threads)
+    _set_threads(spec.target.threads)
+
+
+_own_threads: int | None = None  # torch's number before a spec set another one
+
+
+def _set_threads(threads: int | None) -> None:
+    """The number is the whole process's: `auto` takes back what an earlier compile set, and nothing else."""
+    global _own_threads
+    if threads is not None:
+        _own_threads = torch.get_num_threads() if _own_threads is None else _own_threads
+        torch.set_num_threads(threads)
+    elif _own_threads is not None:
+        torch.set_num_threads(_own_threads)
+        _own_threads = None
+
+
+def _check_output(spec: Spec) -> None:
+    """Before the long work: a spec that was read an hour ago may name a folder that has changed since."""
+    if spec.output.directory is None:
+        return
+    from kvcompile.spec.resolve import UNWRITABLE_MEND, unwritable
+
+    fault = unwritable(spec.output.directory)
+    if fault is not None:
+        raise SpecError(Problem(spec.where("output.directory"), fault, UNWRITABLE_MEND))
 
 
 def _open(spec: Spec, stages: _Stages) -> OpenedModel:
@@ -211,9 +249,8 @@ def _vocabulary(graph: torch.fx.GraphModule) -> int:
     return int(output.args[0].meta["val"].shape[-1])
 
 
-def _stop_tokens(module: nn.Module) -> set[int]:
-    found = getattr(getattr(module, "config", None), "eos_token_id", None)
-    return {int(token) for token in (found if isinstance(found, (list, tuple)) else [found]) if token is not None}
+def _stop_tokens(module: nn.Module) -> tuple[int, ...]:
+    return token_ids(*(getattr(getattr(module, name, None), "eos_token_id", None) for name in ("config", "generation_config")))
 
 
 def _verified(
@@ -222,7 +259,7 @@ def _verified(
     """The kept record of an earlier verification if nothing changed since, else a new one."""
     key = None
     if opened is not None:
-        key = record_key(opened.hash, compiled)
+        key = record_key(opened.hash, compiled, graph)
         kept = cache.recall("verified", key)
         if kept is not None:
             with contextlib.suppress(KeyError, TypeError):
@@ -235,10 +272,9 @@ def _verified(
 
 
 def _explain(compiled: CompiledModel) -> str:
-    from kvcompile.report import plan_text
-
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in compiled.timings.items())
-    return "\n".join([plan_text(compiled.plan), "", compiled.verification.text(), f"compile: {seconds}", *compiled.warnings])
+    proved = compiled.verification.text() if compiled.verification else "nothing is proved of this plan"
+    return "\n".join([plan_text(compiled.plan), "", proved, f"compile: {seconds}", *compiled.warnings])
 
 
 __all__ = ["KvcompileError", "PassResult", "compile", "make_plan", "run_passes", "trace"]

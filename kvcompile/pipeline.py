@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from kvcompile.codegen.reproducer import reproducer_source
-from kvcompile.ir.errors import KvcompileError, Problem, SpecError
+from kvcompile.codegen.reproducer import captured, reproducer_source
+from kvcompile.ir.errors import Problem, SpecError
 from kvcompile.ir.graphs import write_graphml, write_svg
 from kvcompile.ir.show import difference, graph_text, unit_text
 from kvcompile.ir.unit import Pass, Unit
@@ -39,7 +40,8 @@ class Pipeline:
 
     stop_after: the name of the last pass to run ("trace" runs none).
     dump:       folder that gets, after each pass, a numbered text of what is known and of the graph, the difference that
-                the pass made, and where it changed the graph its GraphML and SVG.
+                the pass made, and where it changed the graph its GraphML and SVG; on a failure failed.txt, and
+                reproduce.py, which repeats it from the traced graph and the spec.
     on_pass:    called with each pass's name and seconds.
     """
 
@@ -52,6 +54,8 @@ class Pipeline:
         if stop_after is not None and stop_after not in names:
             raise SpecError(Problem("--stop-after", f"there is no pass {stop_after!r}.", f"Passes: {', '.join(names)}."))
         before = _text(unit)
+        # now: a pass that fails may leave the graph half changed
+        repeats = None if self.dump is None else partial(reproducer_source, *captured(unit.graph), unit.spec, unit.context_tokens)
         self._dump(0, "trace", unit, "", before)
         for number, each in enumerate(self.passes[: names.index(stop_after)] if stop_after else self.passes, start=1):
             missing = [name for name in each.requires if name not in unit.passed]
@@ -60,8 +64,10 @@ class Pipeline:
             try:
                 unit = each.run(unit)
                 each.ensures(unit)
-            except (KvcompileError, AssertionError) as error:
-                self._reproduce(each.name, before, unit, error)
+            except Exception as error:
+                if self.dump is not None and repeats is not None:
+                    (self.dump / "failed.txt").write_text(f"{each.name}: {error}\n\n{before}")
+                    (self.dump / "reproduce.py").write_text(repeats(each.name))
                 raise
             unit = replace(unit, passed=(*unit.passed, each.name))
             self.on_pass(each.name, time.perf_counter() - started)
@@ -81,13 +87,6 @@ class Pipeline:
         if not before.endswith(graph_text(unit.graph)):
             write_graphml(unit.graph, self.dump / f"{stem}.graphml")
             write_svg(unit.graph, self.dump / f"{stem}.svg")
-
-    def _reproduce(self, name: str, before: str, unit: Unit, error: Exception) -> None:
-        """What is needed to repeat a failure: the graph as a runnable module with weights of the same shapes."""
-        if self.dump is None:
-            return
-        (self.dump / "failed.txt").write_text(f"{name}: {error}\n\n{before}")
-        (self.dump / "reproduce.py").write_text(reproducer_source(unit.graph, name))
 
 
 def _text(unit: Unit) -> str:

@@ -13,10 +13,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcompile.ir.errors import KvcompileError
 from kvcompile.ir.plan import Plan, SitePlan
+from kvcompile.ir.spec import Output
+
+if TYPE_CHECKING:
+    from kvcompile.runtime.model import CompiledModel
 
 DEFAULT_CONTEXTS = (8 * 1024, 32 * 1024, 128 * 1024)
 
@@ -155,6 +159,40 @@ def plan_dict(plan: Plan, contexts: Sequence[int]) -> dict[str, Any]:
         ],
         "sites": [_site_dict(site, contexts) for site in plan.sites],
     }
+
+
+def verified_text(model: CompiledModel) -> str:
+    return "" if model.verification is None else str(model.verification.text())
+
+
+def compiled_dict(model: CompiledModel, contexts: Sequence[int]) -> dict[str, Any]:
+    """A compiled model for programs: report.json, and the command's --json."""
+    return {
+        "spec": model.spec.source,
+        "model": model.name,
+        "plan": plan_dict(model.plan, contexts),
+        "verification": None if model.verification is None else model.verification.as_dict(),
+        "warnings": list(model.warnings),
+        "timings": dict(model.timings),
+    }
+
+
+def report_files(output: Output) -> list[Path]:
+    """What a compile writes for `output:`; [] where it asks for nothing."""
+    if output.directory is None or "report" not in output.formats:
+        return []
+    folder = Path(output.directory).expanduser()
+    return [folder / "report.json", folder / "report.txt"]
+
+
+def report_compiled(model: CompiledModel, contexts: Sequence[int]) -> list[Path]:
+    """Writes what the model's spec asks for in `output:`; the files written."""
+    files = report_files(model.spec.output)
+    if not files:
+        return []
+    warnings = "".join(f"warning: {warning}\n" for warning in model.warnings)
+    text = f"{model.spec.source}\n\n{plan_text(model.plan, contexts)}\n{warnings}\n{verified_text(model)}"
+    return write_report(files[0].parent, compiled_dict(model, contexts), text)
 
 
 def write_report(folder: Path, value: Mapping[str, Any], text: str) -> list[Path]:

@@ -74,6 +74,10 @@ def _rewrite_sdpa(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
         problem = "with dropout"
     elif fake_value(given["query"]).dim() != 4:
         problem = f"on {fake_value(given['query']).dim()}-dimensional tensors"
+    elif any(str(fake_value(given[name]).shape[0]) != "1" for name in names[:3]):
+        problem = "with heads or tokens in the batch dimension"
+    elif len({str(fake_value(given[name]).shape[2]) for name in names[:3]}) > 1:
+        problem = "with keys that are not the call's own tokens"
     if problem:
         raise UnsupportedGraphError(
             Problem(

@@ -1,13 +1,20 @@
 """Check token-wise: with its sites removed, the model is a function of one token.
 
 A session keeps only keys and values; any other way in which one token reaches another would be lost without a word.
-The operators that work *along* a dimension are listed with the argument that names it; a path over the token dimension
-is reported by its first node.  Verification then runs the compiled model one token at a time against the original,
-which finds what a list of operators can not.
+So the rule is a list of what is known to be token-wise, and everything else is refused by name:
+
+1. elementwise operators (torch's own `pointwise` tag, and casts and copies)
+2. operators that only move dimensions; a view must keep as many elements before the token dimension as there were, else
+   it deals one token's numbers out to others
+3. operators along a dimension that their schema names (`dim`, `dims`), when it is not the token dimension
+4. matrix products that do not sum over tokens, normalisations over trailing dimensions, table look-ups
+5. results that hold nothing of a tensor's content
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,63 +24,33 @@ import torch
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
 from kvcompile.ir.show import node_text
-from kvcompile.ir.tokens import fake_value, path_of, token_dimensions
+from kvcompile.ir.tokens import fake_value, is_size, path_of, token_dimensions
 from kvcompile.ir.unit import Unit
 
-# operators along one dimension, and where their schema puts it
-_ALONG_ARGUMENT: dict[str, int] = {
-    "softmax": 1,
-    "_softmax": 1,
-    "log_softmax": 1,
-    "_log_softmax": 1,
-    "cumsum": 1,
-    "cumprod": 1,
-    "cummax": 1,
-    "cummin": 1,
-    "logcumsumexp": 1,
-    "diff": 2,
-    "flip": 1,
-    "roll": 2,
-    "sort": 1,
-    "topk": 2,
-    "sum": 1,
-    "mean": 1,
-    "amax": 1,
-    "amin": 1,
-    "prod": 1,
-    "var": 1,
-    "std": 1,
-    "argmax": 1,
-    "argmin": 1,
-    "any": 1,
-    "all": 1,
-    "logsumexp": 1,
-    "norm": 2,
-    "linalg_vector_norm": 2,
-    "cat": 1,
-    "slice": 1,
-    "narrow": 1,
-    "select": 1,
-    "index_select": 1,
-    "gather": 1,
-    "scatter": 1,
-    "scatter_add": 1,
-    "unfold": 1,
-}
-_ALWAYS_MIXING = frozenset(
+_COPIES = frozenset({"to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "dropout"})
+_UNTAGGED_ELEMENTWISE = frozenset({"gelu", "silu", "softplus", "where", "clamp", "bitwise_not", "floor_divide", "one_hot", "float_power"})
+_VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten"})
+_MOVES = frozenset({"transpose", "permute", "unsqueeze", "squeeze", "expand", "expand_as", "t", "numpy_T", "movedim", "swapaxes"})
+_ALONG = frozenset(
     {
-        *("conv1d", "convolution", "conv2d", "_fft_r2c", "fft_fft", "lstm", "gru"),
-        *("batch_norm", "group_norm", "instance_norm", "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d"),
+        *("softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"),
+        *("sum", "mean", "amax", "amin", "prod", "var", "std", "var_mean", "norm", "linalg_vector_norm", "max", "min", "argmax", "argmin"),
+        *("cumsum", "cumprod", "sort", "topk", "argsort", "any", "all", "flip", "roll"),
+        *("cat", "concat", "slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind", "tensor_split"),
+        *("index_select", "gather", "scatter", "scatter_add", "masked_select", "glu", "repeat_interleave", "stack"),
     }
 )
-# a result without the token dimension is fine here: nothing of the tensor's content is in it
-_CONTENT_FREE = frozenset({"sym_size", "new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like"})
-_KEEPS_WHOLE = frozenset({"slice", "narrow"})
+_PRODUCTS = frozenset({"matmul", "bmm", "mm", "mv", "linear", "addmm", "baddbmm"})
+_NORMS = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"})
+_CONTENT_FREE = frozenset(
+    {"sym_size", "new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like"}
+)
+_TABLE = frozenset({"embedding"})
 
 
 @dataclass(frozen=True)
 class CheckTokenWise:
-    """Refuses every operator, sites aside, that works along the token dimension."""
+    """Passes the operators known to be token-wise and refuses, sites aside, every other one that touches tokens."""
 
     name: str = "check_token_wise"
     requires: tuple[str, ...] = ("canonicalise_attention", "make_positions_explicit")
@@ -98,26 +75,19 @@ class CheckTokenWise:
 
 
 def _mixes(node: torch.fx.Node) -> str:
-    """Why a node is not token-wise; "" when it is."""
-    if node.op != "call_function" or node.target is ATTEND or not isinstance(node.target, torch._ops.OpOverload):
+    """Why a node is not known to be token-wise; "" when it is."""
+    if node.op != "call_function" or node.target in (ATTEND, operator.getitem) or is_size(node):
         return ""
+    sources = [source for source in node.all_input_nodes if _has_tokens(source)]
+    if not sources:
+        return ""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return f"{getattr(node.target, '__name__', node.target)} is not an operator that kvcompile can look into"
     name = node.target._opname
-    sources = [source for source in node.all_input_nodes if token_dimensions(fake_value(source))]
-    if not sources or name in _CONTENT_FREE:
+    if name in _CONTENT_FREE or name == "item":
         return ""
-    if name in _ALWAYS_MIXING:
-        return f"{name} mixes neighbouring tokens"
-    if name in ("pad", "constant_pad_nd") and _pads_tokens(node):
-        return f"{name} shifts tokens"
-    if name == "index" and _picks_tokens(node):
-        return "index picks tokens by number"
-    operand: Any = node.args[0][0] if isinstance(node.args[0], (list, tuple)) else node.args[0]
-    value: Any = fake_value(operand) if isinstance(operand, torch.fx.Node) else None
-    for dimension in _dimensions_along(node, name) if isinstance(value, torch.Tensor) else ():
-        if dimension % max(1, value.dim()) in token_dimensions(value) and not (name in _KEEPS_WHOLE and _same_tokens(node, value)):
-            return f"{name} works along the token dimension"
-    if name in ("matmul", "bmm", "mm", "linear", "einsum", "addmm", "baddbmm") and _contracts_tokens(node):
-        return f"{name} sums over tokens"
+    if why := _wrong_dimension(node, name):
+        return why
     outputs = fake_value(node)
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     if any(isinstance(out, torch.Tensor) and not token_dimensions(out) for out in outputs):
@@ -125,48 +95,94 @@ def _mixes(node: torch.fx.Node) -> str:
     return ""
 
 
-def _dimensions_along(node: torch.fx.Node, name: str) -> Iterator[int]:
-    place = _ALONG_ARGUMENT.get(name)
-    if place is None:
-        return
-    schema = node.target._schema  # type: ignore[union-attr]
-    argument_name = schema.arguments[place].name if place < len(schema.arguments) else ""
-    default: Any = schema.arguments[place].default_value if argument_name.startswith("dim") else None
-    found = node.args[place] if place < len(node.args) else node.kwargs.get(argument_name, default)
-    if not argument_name.startswith("dim") and argument_name != "dims":
-        found = None
-    for dimension in found if isinstance(found, (list, tuple)) else [found]:
-        if isinstance(dimension, int):
-            yield dimension
+def _wrong_dimension(node: torch.fx.Node, name: str) -> str:
+    arguments: tuple[Any, ...] = node.args
+    if name in _ALONG and node.target is not torch.ops.aten.repeat_interleave.self_int:
+        for value in _operands(arguments[0]):
+            dimensions = list(_dimensions(node))
+            if not dimensions:
+                return f"{name} works on the flattened tensor"
+            tokens = token_dimensions(value)
+            if any(dim % max(1, value.dim()) in tokens for dim in dimensions) and not _same_tokens(node, name, value):
+                return f"{name} works along the token dimension"
+        return ""
+    if name in _VIEWS:
+        return "" if _keeps_tokens_apart(fake_value(arguments[0]), fake_value(node)) else f"{name} deals a token's numbers out to others"
+    if name in _PRODUCTS:
+        return f"{name} sums over tokens" if _contracts_tokens(node, name) else ""
+    if name in _NORMS:
+        value, trailing = fake_value(arguments[0]), len(arguments[1])
+        over = range(value.dim() - trailing, value.dim())
+        return f"{name} works along the token dimension" if set(over) & set(token_dimensions(value)) else ""
+    if name in ("pad", "constant_pad_nd"):
+        return f"{name} shifts tokens" if _pads_tokens(arguments[0], arguments[1]) else ""
+    if name == "index":
+        return "index picks tokens by number" if _picks_tokens(arguments[0], arguments[1]) else ""
+    if name in _TABLE:
+        return f"{name} looks up in a table of tokens" if _has_tokens(arguments[0]) else ""
+    overload: Any = node.target
+    if overload is torch.ops.aten.repeat_interleave.self_int:
+        return ""  # a token's rows stay side by side
+    if torch.Tag.pointwise in overload.tags or name in _COPIES | _UNTAGGED_ELEMENTWISE | _MOVES:
+        return ""
+    return f"{name} is not known to be token-wise"
 
 
-def _picks_tokens(node: torch.fx.Node) -> bool:
-    """Whether `x[..., numbers, ...]` stands at x's token dimension."""
-    tokens = token_dimensions(fake_value(node.args[0]))  # type: ignore[arg-type]
-    return any(index is not None and dimension in tokens for dimension, index in enumerate(node.args[1]))  # type: ignore[arg-type]
+def _has_tokens(node: Any) -> bool:
+    value = fake_value(node) if isinstance(node, torch.fx.Node) else None
+    return any(token_dimensions(item) for item in (value if isinstance(value, (tuple, list)) else (value,)))
 
 
-def _same_tokens(node: torch.fx.Node, source: torch.Tensor) -> bool:
+def _operands(argument: Any) -> Iterator[torch.Tensor]:
+    """The tensors that an operator along a dimension works on: its first argument, or each of a list of them."""
+    for item in argument if isinstance(argument, (list, tuple)) else [argument]:
+        value = fake_value(item) if isinstance(item, torch.fx.Node) else None
+        if isinstance(value, torch.Tensor) and token_dimensions(value):
+            yield value
+
+
+def _dimensions(node: torch.fx.Node) -> Iterator[int]:
+    """The values of the arguments that the schema calls `dim` or `dims`, defaults included."""
+    overload: Any = node.target
+    for place, argument in enumerate(overload._schema.arguments):
+        if argument.name in ("dim", "dims"):
+            given: Any = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+            yield from (dim for dim in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(dim, int))
+
+
+def _same_tokens(node: torch.fx.Node, name: str, source: torch.Tensor) -> bool:
     """A slice that keeps every token is none."""
     out = fake_value(node)
-    return isinstance(out, torch.Tensor) and [str(size) for size in out.shape] == [str(size) for size in source.shape]
+    kept = isinstance(out, torch.Tensor) and [str(size) for size in out.shape] == [str(size) for size in source.shape]
+    return name in ("slice", "narrow") and kept
 
 
-def _pads_tokens(node: torch.fx.Node) -> bool:
-    source, padding = fake_value(node.args[0]), node.args[1]  # type: ignore[arg-type]
-    assert isinstance(padding, (list, tuple))
-    padded = {source.dim() - 1 - place // 2 for place, amount in enumerate(padding) if amount != 0}
-    return bool(padded & set(token_dimensions(source)))
+def _keeps_tokens_apart(source: Any, out: Any) -> bool:
+    """A view leaves each token's numbers together when as many elements stand before the token dimension as stood there."""
+
+    def before(value: torch.Tensor) -> int:
+        (dim,) = token_dimensions(value)
+        return math.prod(int(size) for size in value.shape[:dim])
+
+    return bool(token_dimensions(out)) and before(source) == before(out)
 
 
-def _contracts_tokens(node: torch.fx.Node) -> bool:
+def _pads_tokens(source: torch.fx.Node, padding: list[int]) -> bool:
+    value: Any = fake_value(source)
+    padded = {value.dim() - 1 - place // 2 for place, amount in enumerate(padding) if amount != 0}
+    return bool(padded & set(token_dimensions(value)))
+
+
+def _picks_tokens(source: torch.fx.Node, numbers: list[Any]) -> bool:
+    """Whether `x[..., numbers, ...]` stands at x's token dimension."""
+    tokens = token_dimensions(fake_value(source))
+    return any(index is not None and dimension in tokens for dimension, index in enumerate(numbers))
+
+
+def _contracts_tokens(node: torch.fx.Node, name: str) -> bool:
     """Whether a matrix product sums over the token dimension: the left operand's last, or the right operand's last but one."""
-    operands: list[Any] = [fake_value(source) for source in node.all_input_nodes]
-    operands = [value for value in operands if isinstance(value, torch.Tensor)]
-    name = node.target._opname  # type: ignore[union-attr]
-    if name in ("addmm", "baddbmm"):
-        operands = operands[1:]
-    left_last = operands[0].dim() - 1 in token_dimensions(operands[0])
-    if name == "linear" or len(operands) < 2:
-        return left_last
-    return left_last or (operands[1].dim() >= 2 and operands[1].dim() - 2 in token_dimensions(operands[1]))
+    left, right = [fake_value(argument) for argument in node.args[1 if name in ("addmm", "baddbmm") else 0 :][:2]]  # type: ignore[arg-type]
+    summed_left = left.dim() - 1 in token_dimensions(left)
+    if name == "linear":
+        return summed_left or bool(token_dimensions(right))
+    return summed_left or max(0, right.dim() - 2) in token_dimensions(right)

@@ -24,6 +24,8 @@ _LEARNT_SINKS = ("s_aux", "sinks")
 # keyword tensors that repeat what positions and sites already say
 _HARMLESS = frozenset({"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"})
 
+_NOT_GIVEN: Any = object()  # a layer that says sliding_window=None has none; one that says nothing may have it as an attribute
+
 
 def is_huggingface(module: torch.nn.Module) -> bool:
     """Whether `module` is a transformers model that dispatches its attention by name (no import of transformers)."""
@@ -42,14 +44,14 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = _NOT_GIVEN,
     softcap: float | None = None,
     is_causal: bool | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls at each attention; shapes as in `kvc.attend`."""
     owner = type(module).__name__
-    if attention_mask is not None:
+    if attention_mask is not None and not _is_marker(attention_mask):
         raise _refuse(f"{owner} passes an attention mask of its own.", "Models whose mask is not causal or sliding are not supported.")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
@@ -62,10 +64,28 @@ def _attention(
                 "Its meaning would be lost; the model cannot be compiled yet.",
             )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if sliding_window is None:
-        sliding_window = getattr(module, "sliding_window", None)
-    out = ATTEND(query, key, value, sinks[0] if sinks else None, -1, float(scale), int(sliding_window or 0), float(softcap or 0.0))
+    if attention_mask is not None:
+        window = _marked_window(attention_mask)  # what the model's own attention would see; the keyword is only flash attention's
+    else:
+        window = int((getattr(module, "sliding_window", None) if sliding_window is _NOT_GIVEN else sliding_window) or 0)
+    out = ATTEND(query, key, value, sinks[0] if sinks else None, -1, float(scale), window, float(softcap or 0.0))
     return out, None
+
+
+def _marker(window: int) -> Tensor:
+    """Stands for a mask on its way from the model's mask factory to its attention: the window is its third size, 0 for none.
+
+    It holds no element, so slicing its last dimension, as models do, changes nothing.
+    """
+    return torch.empty(1, 1, window + 1, 0)
+
+
+def _is_marker(mask: Tensor) -> bool:
+    return mask.dim() == 4 and mask.shape[3] == 0
+
+
+def _marked_window(mask: Tensor) -> int:
+    return int(mask.shape[2]) - 1
 
 
 def _leaf_masks(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
@@ -80,10 +100,10 @@ def _leaf_masks(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
 @dataclass
 class MaskRecorder:
-    """Stands for transformers' mask factory: makes no tensor, since sites know causal and sliding windows.
+    """Stands for transformers' mask factory: makes a marker that tells each attention its window.
 
-    Records the windows of the sliding masks that the model asked for, so that `trace` can see that each reached its
-    site; refuses every other kind of mask by the name transformers gives it.
+    Refuses every mask that is not causal or sliding, by the name transformers gives it.  Keeps the windows it gave out, so
+    that `trace` can see that each reached a site.
     """
 
     windows: set[int] = field(default_factory=set)
@@ -94,7 +114,8 @@ class MaskRecorder:
         mask_function: Callable[..., Any] | None = None,
         attention_mask: Tensor | None = None,
         **keywords: Any,
-    ) -> None:
+    ) -> Tensor:
+        window = 0
         if attention_mask is not None:
             raise _refuse(
                 "the model was called with a padded batch (an attention_mask).", "Give each sequence its own session instead of padding."
@@ -103,14 +124,20 @@ class MaskRecorder:
             kind = leaf.__qualname__.split(".")[0]
             if kind == "sliding_window_overlay":
                 assert leaf.__closure__ is not None
-                self.windows.add(int(leaf.__closure__[0].cell_contents))
+                window = int(leaf.__closure__[0].cell_contents)
+                self.windows.add(window)
             elif kind not in _KNOWN_MASKS:
                 raise _refuse(f"the model's attention mask uses {kind}.", "Built: causal and sliding-window masks.")
+        return _marker(window)
 
 
 @contextlib.contextmanager
 def attention_as_nodes(model: torch.nn.Module) -> Iterator[MaskRecorder]:
-    """While open, `model`'s attention is `kvc.attend`; its own implementation is restored afterwards."""
+    """While open, `model`'s attention is `kvc.attend`; its own implementations are restored afterwards.
+
+    Mixtures of experts run every expert's tokens as one batched product: the other ways sort tokens by expert, and a graph
+    that sorts tokens cannot be seen to keep them apart.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -120,8 +147,14 @@ def attention_as_nodes(model: torch.nn.Module) -> Iterator[MaskRecorder]:
     config: Any = model.config
     before = config._attn_implementation
     set_implementation: Any = model.set_attn_implementation
+    has_experts = getattr(model, "_can_set_experts_implementation", lambda: False)()
+    experts = config._experts_implementation if has_experts else None
     set_implementation(NAME)
+    if has_experts:
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     try:
         yield recorder
     finally:
         set_implementation(before)
+        if has_experts:
+            model.set_experts_implementation(experts)  # type: ignore[operator]

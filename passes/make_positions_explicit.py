@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
-from kvcompile.ir.graphs import depends_only_on
+from kvcompile.ir.graphs import depends_only_on, evaluate
 from kvcompile.ir.show import node_text
 from kvcompile.ir.tokens import fake_value, is_size, path_of, token_dimensions
 from kvcompile.ir.unit import Unit
@@ -36,15 +37,16 @@ _SHAPING = frozenset(
         _aten.new_empty.default,
         _aten.new_zeros.default,
         _aten.new_ones.default,
-        _aten.new_full.default,
         _aten.empty.memory_format,
         _aten.zeros.default,
         _aten.ones.default,
-        _aten.full.default,
         _aten.unflatten.int,
         _aten.split_with_sizes.default,
     }
 )
+
+# operators that are shaped and filled: where the argument stands that is a value
+_FILL = {_aten.full.default: 1, _aten.new_full.default: 2}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class MakePositionsExplicit:
         for target in _ARANGE:
             for node in graph.find_nodes(op="call_function", target=target):
                 if token_dimensions(fake_value(node)):
-                    _replace_arange(graph, node, position_ids)
+                    _replace_arange(graph, node, input_ids, position_ids)
         for node in [node for target in _CUTS for node in graph.find_nodes(op="call_function", target=target)]:
             if token_dimensions(fake_value(node)) and not token_dimensions(fake_value(node.args[0])):
                 _replace_first_rows(graph, node, input_ids, position_ids)
@@ -75,17 +77,17 @@ class MakePositionsExplicit:
             assert not any(token_dimensions(fake_value(n)) for n in unit.graph.graph.find_nodes(op="call_function", target=target))
 
 
-def _replace_arange(graph: torch.fx.Graph, node: torch.fx.Node, position_ids: torch.fx.Node) -> None:
+def _replace_arange(graph: torch.fx.Graph, node: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node) -> None:
     start: Any = 0
     step: Any = 1
     if node.target is not _aten.arange.default:
         start = node.args[0]
         step = node.args[2] if len(node.args) > 2 else 1
-    if start != 0 or step != 1:
+    if start != 0 or step != 1 or str(fake_value(node).shape[0]) != str(fake_value(input_ids).shape[1]):
         raise UnsupportedGraphError(
             Problem(
                 f"make_positions_explicit: {path_of(node) or node.name}",
-                f"positions do not run from 0 in steps of 1: {node_text(node).strip()}",
+                f"positions do not run from 0 in steps of 1, one a token: {node_text(node).strip()}",
                 "Let the model take position_ids as its second argument.",
             )
         )
@@ -124,8 +126,9 @@ def _replace_first_rows(graph: torch.fx.Graph, node: torch.fx.Node, input_ids: t
 def _refuse_size_as_value(pass_name: str, node: torch.fx.Node) -> None:
     if node.op != "call_function" or is_size(node) or node.target in _SHAPING:
         return
-    sizes = [argument for argument in node.all_input_nodes if is_size(argument)]
-    if sizes:
+    arguments: tuple[Any, ...] = node.args
+    given = arguments[_FILL[node.target] :] if node.target in _FILL else node.all_input_nodes
+    if any(isinstance(argument, torch.fx.Node) and is_size(argument) for argument in given):
         raise UnsupportedGraphError(
             Problem(
                 f"{pass_name}: {path_of(node) or node.name}",
@@ -136,17 +139,31 @@ def _refuse_size_as_value(pass_name: str, node: torch.fx.Node) -> None:
 
 
 def _position_rows(graph: torch.fx.Graph, position_ids: torch.fx.Node) -> int | None:
-    """Rows of the smallest table that positions index (learnt positions); None when positions are only computed with."""
-    rows = [
-        int(fake_value(node.args[0]).shape[0])
-        for node in graph.find_nodes(op="call_function", target=_aten.embedding.default)
-        if depends_only_on(node.args[1], position_ids)
-    ]
+    """Positions that every table has a row for; None when positions are only computed with, never looked up."""
+    bounds = []
+    for table_rows, index in _look_ups(graph):
+        if isinstance(index, torch.fx.Node) and depends_only_on(index, position_ids):
+            bounds.append(_positions_within(index, position_ids, table_rows))
+    return min(bounds, default=None)
+
+
+def _look_ups(graph: torch.fx.Graph) -> Iterator[tuple[int, Any]]:
+    """(rows, index) of every table look-up."""
+    for node in graph.find_nodes(op="call_function", target=_aten.embedding.default):
+        yield int(fake_value(node.args[0]).shape[0]), node.args[1]
     for node in graph.find_nodes(op="call_function", target=_aten.index_select.default):
-        if depends_only_on(node.args[2], position_ids):
-            rows.append(int(fake_value(node.args[0]).shape[node.args[1]]))
+        if not token_dimensions(fake_value(node.args[0])):
+            yield int(fake_value(node.args[0]).shape[node.args[1]]), node.args[2]
     for node in graph.find_nodes(op="call_function", target=_aten.index.Tensor):
         for dimension, index in enumerate(node.args[1]):
-            if index is not None and depends_only_on(index, position_ids):
-                rows.append(int(fake_value(node.args[0]).shape[dimension]))
-    return min(rows, default=None)
+            if index is not None and dimension not in token_dimensions(fake_value(node.args[0])):
+                yield int(fake_value(node.args[0]).shape[dimension]), index
+
+
+def _positions_within(index: torch.fx.Node, position_ids: torch.fx.Node, rows: int) -> int:
+    """How many positions, from 0, have a row: OPT looks up position + 2, so 2 rows less than the table has."""
+    found = evaluate(index, {position_ids: torch.arange(rows + 1)[None]})
+    if found is None:
+        return rows
+    outside = ((found < 0) | (found >= rows)).flatten().nonzero()
+    return int(outside[0]) if len(outside) else rows

@@ -18,8 +18,10 @@ import networkx as nx
 import torch
 
 from kvcompile.ir.attend_op import ATTEND
+from kvcompile.ir.errors import Problem, UnsupportedGraphError
 from kvcompile.ir.graphs import to_networkx
-from kvcompile.ir.tokens import fake_value, is_size, token_dimensions
+from kvcompile.ir.show import node_text
+from kvcompile.ir.tokens import fake_value, is_size, path_of, token_dimensions
 from kvcompile.ir.unit import Unit
 
 
@@ -32,6 +34,7 @@ class OutlineSegments:
 
     def run(self, unit: Unit) -> Unit:
         pieces = _cut(unit.graph.graph)
+        _refuse_uneven_cuts(self.name, unit.graph.graph, pieces)
         distinct = _Distinct()
         top = torch.fx.Graph()
         values: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -116,6 +119,21 @@ def _cut(graph: torch.fx.Graph) -> list[_Piece]:
         outside = [node for node in piece.nodes if any(home.get(user) != index and not is_size(user) for user in node.users)]
         piece.outputs = outside
     return pieces
+
+
+def _refuse_uneven_cuts(pass_name: str, graph: torch.fx.Graph, pieces: list[_Piece]) -> None:
+    """The last segment runs on the wanted tokens only, so every value that crosses a cut has one row, or none, a token."""
+    tokens = str(fake_value(graph.find_nodes(op="placeholder")[0]).shape[1])
+    for node in (node for piece in pieces for node in piece.outputs):
+        value = fake_value(node)
+        if any(str(value.shape[dim]) != tokens for dim in token_dimensions(value)):
+            raise UnsupportedGraphError(
+                Problem(
+                    f"{pass_name}: {path_of(node) or node.name}",
+                    f"a value with several rows a token is kept across an attention: {node_text(node).strip()}",
+                    "Keep it as [1, tokens, ...].",
+                )
+            )
 
 
 class _Distinct:

@@ -20,6 +20,7 @@ from torch.fx.graph import CodeGen
 
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
+from kvcompile.ir.tokens import path_of
 from kvcompile.passes import huggingface
 
 EXAMPLE_TOKENS = 24  # an example of one token would specialise the graph to it
@@ -151,6 +152,7 @@ def _as_plain_graph(program: ExportedProgram) -> torch.fx.GraphModule:
         if not node.users:
             graph.erase_node(node)
             continue
+        _refuse_subgraph(node)
         tensor = _get(unlifted, node.target)
         node.target = node.target.removeprefix("model.")
         _set(owner, node.target, tensor)
@@ -159,6 +161,23 @@ def _as_plain_graph(program: ExportedProgram) -> torch.fx.GraphModule:
     module.recompile()
     module.eval()
     return module
+
+
+def _refuse_subgraph(node: torch.fx.Node) -> None:
+    """A weight is a tensor; an operator over sub-graphs (cond, scan, autocast, checkpoint) holds modules instead."""
+    owner: Any = node.graph.owning_module
+    for part in node.target.split("."):  # type: ignore[union-attr]
+        owner = getattr(owner, part)
+    if isinstance(owner, Tensor):
+        return
+    operators = ", ".join(sorted({getattr(user.target, "__name__", str(user.target)) for user in node.users}))
+    raise UnsupportedGraphError(
+        Problem(
+            f"trace: {path_of(node) or node.name}",
+            f"the model's forward uses {operators}, which holds a graph of its own.",
+            "Take autocast, enable_grad, checkpointing and data-dependent control flow out of forward.",
+        )
+    )
 
 
 def bind_weights(graph: torch.fx.GraphModule, model: nn.Module) -> bool:
@@ -185,7 +204,8 @@ def _get(root: nn.Module, target: str) -> Tensor:
     value: Any = root
     for part in target.split("."):
         value = getattr(value, part)
-    assert isinstance(value, Tensor)
+    if not isinstance(value, Tensor):  # `bias = None`
+        raise AttributeError(target)
     return value
 
 

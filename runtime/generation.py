@@ -54,39 +54,68 @@ def complete(
 ) -> Generation:
     """Continue a prompt; the options are those of `CompiledModel.generate`.
 
-    Raises SessionError for an empty prompt, a text without a tokenizer, and options out of range.
+    A session that was given has read the prompt and every token of the answer afterwards, the last one included; a stop
+    token is no part of the answer and is not read.  Without a tokenizer, token ids can be continued and `text` is "".
+    Raises SessionError for an empty prompt, options out of range, and a text, `stop` or `on_text` without a tokenizer.
     """
     if max_new_tokens < 1:
         raise SessionError(Problem("max_new_tokens", f"{max_new_tokens} is less than 1.", "Ask for at least one token."))
     if temperature < 0:
         raise SessionError(Problem("temperature", f"{temperature} is negative.", "0 is greedy; 1 samples the model's distribution."))
-    ids = _prompt_ids(model, prompt, chat)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if model.tokenizer is None:
+        for option, given in (("stop", bool(stop)), ("on_text", on_text is not None)):
+            if given:
+                raise SessionError(Problem(option, "the model has no tokenizer, so there is no text.", _TOKENIZER_MEND))
+    keeps = session is not None
     session = model.session() if session is None else session  # an empty session is false
+    ids = _prompt_ids(model, prompt, chat, continued=len(session) > 0)
     generator = torch.Generator().manual_seed(model.spec.seed if seed is None else seed)
     started = time.perf_counter()
     logits = session.prefill(ids, on_chunk=on_chunk)
     prefilled = time.perf_counter()
-    writer = TextWriter(model.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), on_text)
-    stopped = False
+    writer = TextWriter(model.tokenizer, stop, on_text)
     while True:
         token = choose(logits, temperature, generator)
-        stopped = token in model.stop_tokens or writer.add(token)
+        if token in model.stop_tokens:
+            stopped, unread = True, None
+            break
+        stopped, unread = writer.add(token), token
         if stopped or len(writer.tokens) >= max_new_tokens:
             break
         logits = session.step(token)
     finished = time.perf_counter()
+    if keeps and unread is not None:  # whoever gave a session goes on behind the whole answer
+        session.step(unread)
     text = writer.finish()
     return Generation(text, tuple(writer.tokens), len(ids), prefilled - started, finished - prefilled, session.nbytes(), stopped)
 
 
-def _prompt_ids(model: CompiledModel, prompt: str | Tokens, chat: bool) -> Tensor:
+def generate(model: CompiledModel, prompt: str | Tokens, **options: Any) -> str:
+    """The text of `complete`.  Raises SessionError without a tokenizer, before anything is read."""
+    if model.tokenizer is None:
+        what = "the model has no tokenizer, so there is no text."
+        raise SessionError(Problem("generate", what, "Call complete, which returns tokens, or pass tokenizer= to kvcompile.compile."))
+    return complete(model, prompt, **options).text
+
+
+_TOKENIZER_MEND = "Leave it out, or pass tokenizer= to kvcompile.compile."
+
+
+def _prompt_ids(model: CompiledModel, prompt: str | Tokens, chat: bool, continued: bool) -> Tensor:
+    """continued: the text stands behind another one, so that it does not get the token that begins a text."""
     if not isinstance(prompt, str):
         return as_token_ids(prompt, model.vocabulary)
     if model.tokenizer is None:
         raise SessionError(Problem("prompt", "the model has no tokenizer.", "Give token ids, or pass tokenizer= to kvcompile.compile."))
     if chat:
         ids = model.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        ids = ids["input_ids"] if hasattr(ids, "keys") else ids
+        ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+        begin = getattr(model.tokenizer, "bos_token_id", None)
+        if continued and begin is not None and ids[:1] == [begin]:
+            ids = ids[1:]
+    elif continued:
+        ids = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     else:
         ids = model.tokenizer(prompt)["input_ids"]
     if not ids:

@@ -170,10 +170,10 @@ class _Part:
 
     def append(self, key_HSD: Tensor, value_HSE: Tensor) -> None:
         new = key_HSD.shape[1]
+        self.buffer.written = max(self.buffer.written, self.tokens + new)  # first: an interrupted copy took memory too
         self.buffer.key_HCD.narrow(1, self.tokens, new).copy_(key_HSD)
         self.buffer.value_HCE.narrow(1, self.tokens, new).copy_(value_HSE)
-        self.tokens += new
-        self.buffer.written = max(self.buffer.written, self.tokens)
+        self.tokens += new  # last: nobody reads beyond it
 
     def cut(self, tokens: int) -> None:
         """Keeps the first `tokens` slots."""

@@ -14,7 +14,7 @@ from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
 from kvcompile.ir.policy import All, SinkRecent
 from kvcompile.ir.spec import Spec
 from kvcompile.runtime.attend import attend_spans
-from kvcompile.runtime.generation import Generation, complete
+from kvcompile.runtime.generation import Generation, complete, generate
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.merge import apply_learnt_sinks
 from kvcompile.runtime.program import Program
@@ -50,8 +50,8 @@ class CompiledModel:
         return self.spec.prefill_chunk_tokens
 
     def with_plan(self, plan: Plan) -> CompiledModel:
-        """The same program with other memory: segments do not know the plan."""
-        return replace(self, plan=plan)
+        """The same program with other memory: segments do not know the plan.  Nothing is proved of it."""
+        return replace(self, plan=plan, verification=None)
 
     def session(self) -> Session:
         """An empty session."""
@@ -115,10 +115,11 @@ class CompiledModel:
 
         max_new_tokens=64; temperature=0.0 is greedy; seed (default: the spec's); stop: strings that end the text;
         chat=True wraps the prompt in the model's chat template; on_text is called with each piece of text as it comes,
-        on_chunk(read, total) after each chunk of the prompt; session continues an existing session.
-        The model's stop tokens end the text and are not part of it.
+        on_chunk(read, total) after each chunk of the prompt; session continues an existing session, which has then read
+        the whole answer.  The model's stop tokens end the text and are not part of it.
+        Raises SessionError without a tokenizer; `complete` gives tokens.
         """
-        return self.complete(prompt, **options).text
+        return generate(self, prompt, **options)
 
     def explain(self) -> str:
         """The plan, what was proved, and where the time went, as text."""

@@ -139,14 +139,17 @@ class RingStore:
         return 0
 
     def _write(self, first: int, key_HSD: Tensor, value_HSE: Tensor) -> None:
-        """Writes the tokens that keep a slot: the sinks among them and the last `window` of the others."""
+        """Writes the tokens that keep a slot: the sinks among them and the last `window` of the others.
+
+        What is counted comes first: an interrupt between two copies leaves a ring that knows what it may have lost.
+        """
         end = first + key_HSD.shape[1]
+        self._high = max(self._high, end)
+        self._tokens = end
         for lo, hi in ((first, min(end, self.sink_tokens)), (max(first, self.sink_tokens, end - self._window), end)):
             for slot, at, count in self._runs(lo, hi):
                 self._key_HCD.narrow(1, slot, count).copy_(key_HSD.narrow(1, at - first, count))
                 self._value_HCE.narrow(1, slot, count).copy_(value_HSE.narrow(1, at - first, count))
-        self._tokens = end
-        self._high = max(self._high, end)
 
     def _views(self, first: int, end: int) -> tuple[Span, ...]:
         return tuple(

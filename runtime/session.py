@@ -64,12 +64,23 @@ class Session:
 
         Returns the last position's logits, float32 `[vocabulary]`; with logits="all" every position's, float32
         `[tokens, vocabulary]`.  on_chunk(read, total) is called after each chunk.
+        A call that fails in any chunk, or whose on_chunk raises, takes back all of its chunks; where a ring cannot follow,
+        the session is broken and says so.
         Raises SessionError for no tokens, ids outside the vocabulary, too long a context.
         """
         if logits not in ("last", "all"):
             raise SessionError(Problem("logits", f"{logits!r} is not known.", 'Write "last" or "all".'))
         ids = as_token_ids(tokens, self.model.vocabulary)
+        self.check_usable()
         self.check_room(len(ids))
+        start = len(self)
+        try:
+            return self._read(ids, logits, on_chunk)
+        except BaseException as error:
+            self.restore_after_failure(start, error)
+            raise
+
+    def _read(self, ids: Tensor, logits: str, on_chunk: Callable[[int, int], None] | None) -> Tensor:
         parts: list[Tensor] = []
         read = 0
         for chunk in ids.split(self.model.chunk_tokens):
@@ -152,6 +163,8 @@ class Session:
     def restore_after_failure(self, length: int, cause: BaseException) -> None:
         """Bring the session back to `length` tokens after a call that did not finish; break it if a ring cannot follow."""
         del self.tokens[length:]
+        if self._broken:
+            return
         for stores in self._stores:
             for store in stores:
                 surplus = store.tokens - length

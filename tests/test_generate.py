@@ -17,8 +17,10 @@ from kvcompile.runtime import generation
 class Bytes:
     """A tokenizer whose ids are bytes of UTF-8."""
 
-    def __call__(self, text):
-        return {"input_ids": list(text.encode())}
+    bos_token_id = 1
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [*([1] if add_special_tokens and text else []), *text.encode()]}
 
     def decode(self, ids, skip_special_tokens):
         assert skip_special_tokens
@@ -26,7 +28,7 @@ class Bytes:
 
     def apply_chat_template(self, messages, add_generation_prompt):
         assert add_generation_prompt
-        return list("".join(f"<{message['role']}>{message['content']}" for message in messages).encode())
+        return [1, *"".join(f"<{message['role']}>{message['content']}" for message in messages).encode()]
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +137,65 @@ def test_half_a_character_at_the_end_is_shown_at_last(model, says):
 def test_a_session_can_be_continued_even_an_empty_one(model):
     session = model.session()
     done = model.complete([1, 2, 3], max_new_tokens=4, session=session)
-    assert session.tokens == [1, 2, 3, *done.tokens[:-1]]
-    model.complete([done.tokens[-1], 7], max_new_tokens=1, session=session)
-    assert session.tokens == [1, 2, 3, *done.tokens, 7]
+    assert session.tokens == [1, 2, 3, *done.tokens]
+    one = model.complete([7], max_new_tokens=1, session=session)
+    assert session.tokens == [1, 2, 3, *done.tokens, 7, *one.tokens]
+
+
+def test_two_calls_on_a_session_equal_one_long_call(model):
+    session, ids = model.session(), some_ids(12, 256).tolist()
+    first = model.complete(ids, max_new_tokens=5, session=session).tokens
+    second = model.complete([7, 8], max_new_tokens=6, session=session).tokens
+    assert second == model.complete([*ids, *first, 7, 8], max_new_tokens=6).tokens
+    assert session.tokens == [*ids, *first, 7, 8, *second]
+
+
+def test_a_stop_token_is_not_read_and_a_stop_string_is(model, says):
+    session = model.session()
+    token = greedy(model, [1, 2, 3], 1)[0]
+    replace(model, stop_tokens=frozenset({token})).complete([1, 2, 3], session=session)
+    assert session.tokens == [1, 2, 3]
+    says("a. b")
+    done = model.complete([4], stop=".", session=session)
+    assert (done.text, session.tokens) == ("a", [1, 2, 3, 4, *b"a."])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_begins_once_in_a_session(model, chat):
+    session = model.session()
+    model.complete("hi", max_new_tokens=1, session=session, chat=chat)
+    begun = [1, *(b"<user>hi" if chat else b"hi")]
+    assert session.tokens[:-1] == begun
+    before = list(session.tokens)
+    model.complete("so", max_new_tokens=1, session=session, chat=chat)
+    assert session.tokens[:-1] == [*before, *(b"<user>so" if chat else b"so")]
+
+
+@pytest.mark.parametrize("option", ["stop", "on_text"])
+def test_what_needs_a_text_is_refused_without_a_tokenizer(model, option):
+    session = model.session()
+    with pytest.raises(SessionError) as caught:
+        replace(model, tokenizer=None).complete([1], session=session, **{option: print if option == "on_text" else ["x"]})
+    assert str(caught.value) == (
+        f"{option}: the model has no tokenizer, so there is no text.\n  Leave it out, or pass tokenizer= to kvcompile.compile."
+    )
+    assert len(session) == 0
+
+
+def test_generate_without_a_tokenizer_is_refused(model):
+    with pytest.raises(SessionError) as caught:
+        generation.generate(replace(model, tokenizer=None), [1])
+    assert str(caught.value) == (
+        "generate: the model has no tokenizer, so there is no text.\n"
+        "  Call complete, which returns tokens, or pass tokenizer= to kvcompile.compile."
+    )
+    assert generation.generate(model, [1, 2], max_new_tokens=3) == model.complete([1, 2], max_new_tokens=3).text
 
 
 def test_a_chat_goes_through_the_models_template(model):
     session = model.session()
     model.generate("hi", chat=True, max_new_tokens=1, session=session)
-    assert bytes(session.tokens) == b"<user>hi"
+    assert bytes(session.tokens[:-1]) == b"\x01<user>hi"
 
 
 def test_each_chunk_of_the_prompt_is_told(model):
@@ -178,6 +230,6 @@ def test_an_empty_prompt_is_refused(model):
 def test_text_needs_a_tokenizer(model):
     bare = replace(model, tokenizer=None)
     with pytest.raises(SessionError) as caught:
-        bare.generate("text")
+        bare.complete("text")
     assert str(caught.value) == "prompt: the model has no tokenizer.\n  Give token ids, or pass tokenizer= to kvcompile.compile."
     assert bare.complete([1, 2], max_new_tokens=3).text == ""

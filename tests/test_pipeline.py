@@ -10,14 +10,15 @@ from xml.etree import ElementTree
 import networkx as nx
 import pytest
 import toys
-from units import traced
+from units import spec, traced
 
 import kvcompile
-from kvcompile.codegen.reproducer import reproducer_source
+from kvcompile.codegen.reproducer import captured, reproducer_source
 from kvcompile.compiler import run_passes
-from kvcompile.ir.errors import SpecError, UnsupportedGraphError
+from kvcompile.ir.errors import CapacityError, SpecError, UnsupportedGraphError
 from kvcompile.ir.show import difference, graph_text, unit_text
 from kvcompile.pipeline import PASSES, Pipeline
+from kvcompile.spec.patterns import write_pattern
 
 NAMES = [each.name for each in PASSES]
 
@@ -101,6 +102,7 @@ def test_run_passes_tells_graph_plan_sources_and_time():
     assert set(late.timings) == {"trace", *NAMES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("toy", "failed"), [("convolution", "check_token_wise"), ("spelt_out", "canonicalise_attention")])
 def test_a_failure_leaves_what_repeats_it(tmp_path, toy, failed):
     with pytest.raises(UnsupportedGraphError) as caught:
@@ -116,7 +118,8 @@ def test_a_failure_leaves_what_repeats_it(tmp_path, toy, failed):
 
 
 def test_a_reproducer_needs_neither_the_model_nor_its_values():
-    source = reproducer_source(traced(toys.nanogpt(layers=1)).graph, "place")
+    unit = traced(toys.nanogpt(layers=1))
+    source = reproducer_source(*captured(unit.graph), unit.spec, None, "place")
     compile(source, "reproduce.py", "exec")
     assert '"""Repeats a failure of kvcompile\'s pass place;' in source
     assert '"positions.weight": ((64, 32), torch.float32),' in source
@@ -128,3 +131,51 @@ def test_nothing_is_written_without_a_dump_folder(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedGraphError):
         kvcompile.compile(toys.convolution(), spec={"kvcompile": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def repeated(folder):
+    """The last line that reproduce.py prints, which must fail."""
+    ran = subprocess.run([sys.executable, str(folder / "reproduce.py")], capture_output=True, text=True, check=False, cwd=folder)
+    assert ran.returncode == 1, ran.stderr
+    return ran.stderr
+
+
+@pytest.mark.slow
+def test_a_reproducer_carries_the_spec_and_repeats_what_does_not_fit(tmp_path):
+    given = {"kvcompile": 1, "target": {"memory": "1KiB"}, "heads": [{"policy": "streaming", "layers": 0}]}
+    with pytest.raises(CapacityError) as caught:
+        kvcompile.compile(toys.llama(layers=2), spec=given, dump=tmp_path)
+    assert f"kvcompile.ir.errors.CapacityError: {caught.value}" in repeated(tmp_path)
+    assert "HeadRule(policy='streaming'" in (tmp_path / "reproduce.py").read_text()
+
+
+@pytest.mark.slow
+def test_a_reproducer_carries_patterns_with_their_scores(tmp_path):
+    write_pattern(tmp_path / "p.yaml", model="toy", scores=[[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    given = spec(heads=[{"policy": "short", "pattern": str(tmp_path / "p.yaml"), "share": "50%"}])
+    (tmp_path / "p.yaml").unlink()
+    with pytest.raises(SpecError) as caught:
+        kvcompile.compile(toys.llama(layers=2), spec=given, dump=tmp_path)
+    assert "scores 3 layers of 2 KV heads; the model has 2 of 2." in str(caught.value)
+    assert f"kvcompile.ir.errors.SpecError: {caught.value}" in repeated(tmp_path)
+
+
+def test_a_reproducer_holds_the_graph_as_it_was_before_a_pass_spoilt_it(tmp_path):
+    @dataclass(frozen=True)
+    class Spoils:
+        name: str = "spoils"
+        requires: tuple[str, ...] = ()
+
+        def run(self, unit):
+            unit.graph.graph.call_function(print, ("spoilt",))
+            raise KeyError("half way")
+
+        def ensures(self, unit):
+            raise AssertionError
+
+    unit = traced(toys.gated(inner=(16,)))
+    expected = reproducer_source(*captured(unit.graph), unit.spec, None, "spoils")
+    with pytest.raises(KeyError, match="half way"):
+        Pipeline(passes=(Spoils(),), dump=tmp_path).run(unit)
+    assert (tmp_path / "reproduce.py").read_text() == expected
+    assert "spoilt" not in (tmp_path / "failed.txt").read_text()

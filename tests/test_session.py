@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 
@@ -24,10 +25,13 @@ RULES = {"full": "full", "duo": "short", "back": "back", "streaming": "short"}
 WINDOW = 16  # tokens that a `short` head holds
 
 
-def compiled(rule: str, **sections) -> CompiledModel:
+@functools.cache
+def compiled(rule: str, chunk_tokens: int = 2048, deterministic: bool = False) -> CompiledModel:
     """full: everything; duo, back: KV head 0 streams, head 1 is full; streaming: every head streams."""
+    sections = {"prefill": {"chunk_tokens": chunk_tokens}, "target": {"deterministic": deterministic}}
     heads = [{"policy": RULES[rule], **({} if rule in ("full", "streaming") else {"kv_heads": 0})}]
-    spec = {"kvcompile": 1, "verify": {"tokens": 16}, "policies": POLICIES, "heads": heads, **sections}
+    policies = {name: policy for name, policy in POLICIES.items() if name == RULES[rule]}
+    spec = {"kvcompile": 1, "verify": {"tokens": 16}, "policies": policies, "heads": heads, **sections}
     return kvcompile.compile(toys.llama(layers=2), spec=spec)
 
 
@@ -84,7 +88,7 @@ def test_chunks_do_not_change_streaming_results(rule, chunk, duo):
 
 
 def test_the_spec_says_the_chunk_and_each_is_told(duo):
-    small = compiled("duo", prefill={"chunk_tokens": 7})
+    small = compiled("duo", chunk_tokens=7)
     ids = some_ids(30, VOCABULARY)
     told = []
     logits = small.session().prefill(ids, logits="all", on_chunk=lambda done, total: told.append((done, total)))
@@ -174,7 +178,7 @@ def test_several_sessions_in_one_step_equal_each_alone(model):
 
 
 def test_several_sessions_are_bit_equal_where_the_target_is_deterministic():
-    model = compiled("duo", target={"deterministic": True})
+    model = compiled("duo", deterministic=True)
     sessions, alone = ([model.session() for _ in range(3)] for _ in range(2))
     for place in range(3):
         for session in (sessions[place], alone[place]):
@@ -342,7 +346,7 @@ def test_a_failed_first_call_leaves_an_empty_session(monkeypatch, full):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_failed_call_of_several_sessions_advances_none(monkeypatch, deterministic):
-    model = compiled("full", target={"deterministic": deterministic})
+    model = compiled("full", deterministic=deterministic)
     sessions = [model.session() for _ in range(2)]
     for session in sessions:
         session.prefill([1, 2, 3])
@@ -368,6 +372,83 @@ def test_a_session_whose_ring_was_overwritten_is_broken_with_a_message(monkeypat
         with pytest.raises(SessionError) as caught:
             use()
         assert str(caught.value) == told
+
+
+@pytest.mark.parametrize("call", [0, 2, 4])
+def test_a_prefill_that_fails_in_a_later_chunk_reads_nothing(monkeypatch, call):
+    """2 layers of 1 group, chunks of 7: call 2 is in the second chunk, call 4 in the third."""
+    model = compiled("full", chunk_tokens=7)
+    session, other = model.session(), model.session()
+    for each in (session, other):
+        each.prefill([1, 2, 3])
+    with monkeypatch.context() as patch:
+        fail_at(patch, call)
+        with pytest.raises(MemoryError):
+            session.prefill(some_ids(30, VOCABULARY))
+    assert session.tokens == [1, 2, 3]
+    assert session.nbytes() == other.nbytes()
+    assert torch.equal(session.step(5), other.step(5))
+
+
+def stop_at(tokens: int):
+    def on_chunk(done, total):
+        if done >= tokens:
+            raise KeyboardInterrupt
+
+    return on_chunk
+
+
+def test_a_prefill_whose_listener_raises_reads_nothing():
+    session = compiled("full", chunk_tokens=7).session()
+    with pytest.raises(KeyboardInterrupt):
+        session.prefill(some_ids(30, VOCABULARY), on_chunk=stop_at(14))
+    assert (len(session), session.nbytes()) == (0, 0)
+
+
+def test_a_prefill_into_an_empty_session_can_always_be_taken_back():
+    model = compiled("duo", chunk_tokens=7)
+    session = model.session()
+    with pytest.raises(KeyboardInterrupt):
+        session.prefill(some_ids(60, VOCABULARY), on_chunk=stop_at(56))
+    assert len(session) == 0
+    ids = some_ids(40, VOCABULARY)
+    assert torch.equal(session.prefill(ids), model.session().prefill(ids))
+
+
+def test_a_prefill_that_a_ring_cannot_take_back_breaks_the_session_and_says_so():
+    session = compiled("duo", chunk_tokens=7).session()
+    session.prefill(some_ids(20, VOCABULARY))
+    with pytest.raises(KeyboardInterrupt):
+        session.prefill(some_ids(30, VOCABULARY), on_chunk=stop_at(14))
+    told = (
+        "session: a call was interrupted (KeyboardInterrupt) after it had overwritten part of a ring.\n"
+        "  Start a new session, or fork before risky calls."
+    )
+    for _ in range(2):
+        with pytest.raises(SessionError) as caught:
+            session.prefill([1])
+        assert str(caught.value) == told
+
+
+def test_an_interrupt_while_a_ring_is_written_is_never_silent(monkeypatch, duo):
+    """The first copy into the first ring has happened, the second has not."""
+    session, other = duo.session(), duo.session()
+    ids = some_ids(40, VOCABULARY)
+    for each in (session, other):
+        each.prefill(ids)
+    real, count = torch.Tensor.copy_, iter(range(10**9))
+
+    def copy(target, source, *rest):
+        if next(count) == 1:
+            raise KeyboardInterrupt
+        return real(target, source, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", copy)
+        with pytest.raises(KeyboardInterrupt):
+            session.prefill(some_ids(9, VOCABULARY, 1))
+    with pytest.raises(SessionError, match=r"a call was interrupted \(KeyboardInterrupt\) after it had overwritten part of a ring"):
+        session.step(3)
 
 
 # --- wrong uses ----------------------------------------------------------------------------------------------------------------------

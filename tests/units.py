@@ -19,7 +19,9 @@ from kvcompile.spec import load_spec
 
 def spec(**sections: Any) -> Spec:
     """A spec without a model; `short` is 2 sink + 4 recent tokens."""
-    policies = {"short": {"zones": [{"sink_recent": {"sink_tokens": 2, "recent_tokens": 4}}]}, **sections.pop("policies", {})}
+    short = {"zones": [{"sink_recent": {"sink_tokens": 2, "recent_tokens": 4}}]}
+    used = any(rule["policy"] == "short" for rule in sections.get("heads", []))
+    policies = {**({"short": short} if used else {}), **sections.pop("policies", {})}
     return load_spec({"kvcompile": 1, "policies": policies, **sections})
 
 

@@ -12,7 +12,7 @@ from kvcompile.cli.options import Show
 from kvcompile.cli.output import Output
 from kvcompile.ir.errors import KvcompileError
 from kvcompile.ir.spec import Spec
-from kvcompile.report import Table, plan_dict, plan_remarks, plan_tables, plan_text, write_report
+from kvcompile.report import Table, compiled_dict, plan_dict, plan_remarks, plan_tables, report_files, verified_text
 
 if TYPE_CHECKING:
     from kvcompile.ir.plan import Plan
@@ -47,21 +47,29 @@ def run_job(job: Job, output: Output) -> None:
     elif job.needs_weights:
         _compile(job, output)
     else:
-        show_plan(job.spec, job.contexts, output)
+        show_plan(job.spec, job.contexts, output, job.dump)
 
 
-def show_plan(spec: Spec, contexts: tuple[int, ...], output: Output) -> None:
-    """The plan; no weights are loaded."""
-    from kvcompile.compiler import make_plan
+def show_plan(spec: Spec, contexts: tuple[int, ...], output: Output, dump: Path | None = None) -> None:
+    """The plan and what the passes warn of; no weights are loaded."""
+    from kvcompile.compiler import run_passes
 
-    plan = make_plan(spec, progress=output.progress)
-    _print_plan(plan, contexts, output)
-    output.finish({"spec": spec.source, "plan": plan_dict(plan, contexts)})
+    found = run_passes(spec, stop_after="request_kernels", dump=dump, progress=output.progress)
+    assert found.plan is not None
+    _print_plan(found.plan, contexts, output)
+    for warning in found.warnings:
+        output.aside(f"warning: {warning}")
+    output.finish({"spec": spec.source, "plan": plan_dict(found.plan, contexts), "warnings": list(found.warnings)})
 
 
 def _run_passes(job: Job, output: Output) -> None:
+    option = "--stop-after" if job.stop_after is not None else f"--show {job.show}"
+    if job.spec.output.directory is not None:
+        what = f"nothing is written to {job.spec.output.directory}: the compile ends before there is a report."
+        if job.spec.lines.get("output.directory", "").startswith("--set "):  # asked for in the same breath, by -o or --set
+            raise KvcompileError.at(option, what, "Take -o out, or write the graphs with --dump.")
+        output.aside(f"{option}: {what}")
     if job.prompts:
-        option = "--stop-after" if job.stop_after is not None else f"--show {job.show}"
         raise KvcompileError.at(option, "nothing is generated: the compile ends before there is a model.", "Take the prompt out.")
     from kvcompile.compiler import run_passes
 
@@ -100,16 +108,15 @@ def _compile(job: Job, output: Output) -> None:
         if not open_model(job.spec.model, output.progress).has_chat_template:
             raise KvcompileError.at("--chat", "this model has no chat template.", "Write the prompt as the model was trained to read it.")
     started = time.perf_counter()
-    model = compile(spec=job.spec, progress=output.progress, dump=job.dump)
+    model = compile(spec=job.spec, progress=output.progress, dump=job.dump, contexts=job.contexts)
     timings = {**model.timings, "whole compile": time.perf_counter() - started}
     if not output.quiet:
         _print_summary(job, model, timings, output)
-    found = _as_dict(job, model, timings)
-    if job.spec.output.directory is not None and "report" in job.spec.output.formats:
-        text = f"{job.spec.source}\n\n{plan_text(model.plan, job.contexts)}\n\n{_verified(model)}".rstrip()
-        written = write_report(Path(job.spec.output.directory).expanduser(), found, text)
-        output.aside(f"wrote {' and '.join(map(str, written))}")
-        found["report"] = [str(path) for path in written]
+    found = {**compiled_dict(model, job.contexts), "timings": timings}
+    written = [str(path) for path in report_files(job.spec.output)]
+    if written:
+        output.aside(f"wrote {' and '.join(written)}")
+        found["report"] = written
     found["generations"] = [_generate(job, model, number, output) for number in range(len(job.prompts))]
     output.finish(found)
 
@@ -130,24 +137,9 @@ def _print_summary(job: Job, model: CompiledModel, timings: Mapping[str, float],
     _print_plan(model.plan, job.contexts, output)
     for warning in model.warnings:
         output.say(f"warning: {warning}")
-    if job.show is None and _verified(model):
+    if job.show is None and verified_text(model):
         output.say()
-        output.say(_verified(model))
-
-
-def _verified(model: CompiledModel) -> str:
-    return "" if model.verification is None else str(model.verification.text())
-
-
-def _as_dict(job: Job, model: CompiledModel, timings: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "spec": job.spec.source,
-        "model": model.name,
-        "plan": plan_dict(model.plan, job.contexts),
-        "verification": None if model.verification is None else model.verification.as_dict(),
-        "warnings": list(model.warnings),
-        "timings": dict(timings),
-    }
+        output.say(verified_text(model))
 
 
 def _timing_table(timings: Mapping[str, float]) -> Table:

@@ -72,6 +72,10 @@ class PythonModel(OpenedModel):
         return getattr(self._made[0], "config", None)
 
     @property
+    def generation_stop(self) -> Any:
+        return getattr(getattr(self._made[0], "generation_config", None), "eos_token_id", None)
+
+    @property
     def dtype(self) -> torch.dtype:
         import torch
 

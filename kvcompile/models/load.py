@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,7 +19,7 @@ from kvcompile.models import cache, gguf, hub
 from kvcompile.models.cache import Progress
 from kvcompile.models.factory import PythonModel
 from kvcompile.models.header import ResolvedModel, resolve_path
-from kvcompile.models.opened import OpenedModel, first_line, frozen, quiet
+from kvcompile.models.opened import OpenedModel, first_line, frozen, quiet, token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,22 @@ class _FolderModel(OpenedModel):
                 "Put the weights and the config of one and the same model into the folder.",
             )
         return frozen(model)
+
+    @property
+    def generation_stop(self) -> Any:
+        """From generation_config.json, where chat models name the tokens that end a turn."""
+        with self.folder(weights=False) as folder:
+            path = folder / "generation_config.json"
+            if not path.is_file():
+                return None
+            try:
+                named = json.loads(path.read_text(encoding="utf-8"))["eos_token_id"]
+                token_ids(named)
+            except KeyError:
+                return None
+            except (OSError, ValueError, TypeError) as error:
+                raise self.error(f"{path} cannot be read: {first_line(error)}", "Mend the file, or take it away.") from error
+        return named
 
     def tokenizer(self) -> Any:
         return self._tokenizer

@@ -66,13 +66,23 @@ class OpenedModel:
 
     @cached_property
     def stop_tokens(self) -> tuple[int, ...]:
-        """Tokens after which generation ends, as the model's config and tokenizer say; may be empty."""
-        named = [getattr(self.config, "eos_token_id", None), getattr(self.tokenizer(), "eos_token_id", None)]
-        flat = [token for value in named for token in (value if isinstance(value, list | tuple) else [value])]
-        return tuple(sorted({int(token) for token in flat if token is not None}))
+        """Tokens after which generation ends: all that the model's config, generation config or tokenizer names; may be empty."""
+        own, tokenizers = (getattr(holder, "eos_token_id", None) for holder in (self.config, self.tokenizer()))
+        return token_ids(own, self.generation_stop, tokenizers)
+
+    @property
+    def generation_stop(self) -> Any:
+        """eos_token_id of the generation config: an int, a list of them, or None."""
+        return None
 
     def error(self, what: str, mend: str) -> ModelError:
         return ModelError.at(self.source.where, what, mend)
+
+
+def token_ids(*named: Any) -> tuple[int, ...]:
+    """Ids from values as configs hold them (None, an int, a list of them): sorted, each once."""
+    flat = [token for value in named for token in (value if isinstance(value, list | tuple) else [value])]
+    return tuple(sorted({int(token) for token in flat if token is not None}))
 
 
 def frozen(model: Any) -> nn.Module:

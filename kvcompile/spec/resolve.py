@@ -70,7 +70,7 @@ class _Reader:
     folder: Path
     check_model: bool
     problems: list[Problem] = field(default_factory=list)
-    faulty_policies: set[str] = field(default_factory=set)
+    faulty_heads: bool = False
     header: ModelHeader | None = None
 
     # --- the schema ------------------------------------------------------------------------------------------------------------------
@@ -96,9 +96,9 @@ class _Reader:
         mended = copy.deepcopy(value)
         mended["kvcompile"] = 1
         for location in locations:
+            self.faulty_heads |= location[0] == "heads"
             match location:
                 case ("policies", str(name), *_) if isinstance(mended.get("policies"), dict):
-                    self.faulty_policies.add(name)
                     mended["policies"][name] = {"zones": ["all"]}
                 case ("heads", int(index), *_) if isinstance(mended.get("heads"), list):
                     policy = value["heads"][index].get("policy") if isinstance(value["heads"][index], dict) else None
@@ -175,9 +175,6 @@ class _Reader:
             users = [index for index, rule in enumerate(form.heads or []) if rule.policy == name]
             zones = tuple(self._zones(name, policy, [(index, patterns[index]) for index in users]))
             dtype = policy.store.dtype if policy.store else None
-            if policy.rollback and zones == (All(),):
-                what = f"{policy.rollback} has no effect: zone all keeps every token and rolls back to any length."
-                self._problem(f"policies.{name}.rollback", what, "Take it out.")
             if zones:
                 store = Store(None if dtype == "int8" else dtype)
                 policies[name] = HeadPolicy(name=name, zones=zones, store=store, rollback_tokens=policy.rollback)
@@ -217,12 +214,25 @@ class _Reader:
 
     def _heads(self, form: SpecForm, patterns: Sequence[Pattern | None], policies: Mapping[str, HeadPolicy]) -> tuple[HeadRule, ...]:
         """The rules as they stand.  KV heads that none names are full (passes/assign_policies), and so are all without any rule."""
+        self._check_every_policy_used(form, policies)
         rules: list[HeadRule] = []
         for index, (rule, pattern) in enumerate(zip(form.heads or [], patterns, strict=True)):
             self._check_policy(index, rule, form, policies)
             self._check_numbers(index, rule)
             rules.append(HeadRule(rule.policy, rule.layers, rule.kv_heads, pattern, rule.share, self._where(f"heads[{index}]")))
         return tuple(rules) or (HeadRule("full"),)
+
+    def _check_every_policy_used(self, form: SpecForm, policies: Mapping[str, HeadPolicy]) -> None:
+        """A policy that no rule names does nothing; said only where the rules were read as they were meant."""
+        named = {rule.policy for rule in form.heads or []}
+        if any(path.startswith("heads") and place.startswith("--set ") for path, place in self.document.lines.items()):
+            return  # the rules of a file were changed for one run
+        if self.faulty_heads or named - {*form.policies, *policies, *UNBUILT_POLICIES}:
+            return
+        for name in form.policies:
+            if name not in named and name != "full":  # full is what KV heads without a rule get
+                mend = f"Name it in heads, for example heads: [{{policy: {name}}}], or take it out."
+                self._problem(f"policies.{name}", f'policy "{name}" is used by no rule.', mend)
 
     def _check_policy(self, index: int, rule: RuleForm, form: SpecForm, policies: Mapping[str, HeadPolicy]) -> None:
         known = list(dict.fromkeys([*form.policies, *policies]))
@@ -258,9 +268,9 @@ class _Reader:
             if formats is not None:
                 self._problem("output.formats", "formats without a directory are written nowhere.", "Write output.directory, or -o FOLDER.")
             return Output()
-        fault = _unwritable(Path(directory).expanduser())
+        fault = unwritable(directory)
         if fault:
-            self._problem("output.directory", f'"{directory}" {fault}.', "Name a folder that can be made or written to.")
+            self._problem("output.directory", fault, UNWRITABLE_MEND)
         return Output(directory=directory, formats=tuple(dict.fromkeys(formats or ("report",))))
 
     # --- places ----------------------------------------------------------------------------------------------------------------------
@@ -276,8 +286,16 @@ class _Reader:
         return Path(".") if self._where(path).startswith("--set ") else self.folder
 
 
-def _unwritable(directory: Path) -> str | None:
-    """Why a folder can neither be written to nor made; nothing is made here."""
+UNWRITABLE_MEND = "Name a folder that can be made or written to."
+
+
+def unwritable(directory: str) -> str | None:
+    """Why output.directory can neither be written to nor made, as a sentence; nothing is made here."""
+    fault = _fault(Path(directory).expanduser())
+    return f'"{directory}" {fault}.' if fault else None
+
+
+def _fault(directory: Path) -> str | None:
     if exists(directory) and not directory.is_dir():
         return "is a file"
     existing = next(parent for parent in (directory, *directory.absolute().parents) if exists(parent))

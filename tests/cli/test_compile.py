@@ -37,6 +37,15 @@ heads:
   - {policy: near, layers: 0, kv_heads: 1}
 verify: {tokens: 32}
 """
+PATTERN = """kvcompile_pattern: 1
+model: tiny
+method: none
+layers: 2
+kv_heads: 2
+scores:
+  - [0.5, 0.5]
+  - [0.5, 0.5]
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +166,37 @@ def test_stop_after_dumps_numbered_files(capsys: pytest.CaptureFixture[str], spe
 def test_a_prompt_cannot_go_with_an_early_stop(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
     code, _, err = answer(capsys, spec, "--stop-after", "trace", "--prompt", "Hello")
     assert (code, err) == (1, "--stop-after: nothing is generated: the compile ends before there is a model.\n  Take the prompt out.\n")
+
+
+@pytest.mark.parametrize("words", [("--show", "graph"), ("--show", "source"), ("--stop-after", "trace")])
+def test_a_folder_for_a_report_cannot_go_with_an_early_stop(
+    capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path, words: tuple[str, str]
+) -> None:
+    option = words[0] if words[0] == "--stop-after" else " ".join(words)
+    code, _, err = answer(capsys, spec, *words, "-o", tmp_path / "out")
+    what = f"{option}: nothing is written to {tmp_path / 'out'}: the compile ends before there is a report."
+    assert (code, err) == (1, f"{what}\n  Take -o out, or write the graphs with --dump.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_the_spec_names_is_told_to_stay_empty_by_an_early_stop(
+    capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path
+) -> None:
+    spec.write_text(f"{SPEC}output: {{directory: {tmp_path / 'out'}}}\n")
+    code, _, err = answer(capsys, spec, "--stop-after", "trace")
+    assert code == 0
+    assert f"--stop-after: nothing is written to {tmp_path / 'out'}: the compile ends before there is a report.\n" in err
+
+
+def test_a_plan_dumps_its_passes_and_tells_their_warnings(capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path) -> None:
+    """Trap 7: heads of equal score."""
+    (tmp_path / "p.yaml").write_text(PATTERN)
+    spec.write_text(SPEC.replace("layers: 0, kv_heads: 1", "pattern: p.yaml, share: 50%"))
+    code, _, err = answer(capsys, spec, "--show", "plan", "--dump", tmp_path / "dump")
+    assert code == 0
+    assert (tmp_path / "dump" / "07-request_kernels.txt").exists()
+    told = [line.removeprefix("warning: ") for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(told) == 1
+    assert told[0].startswith(f"{spec}:6: heads[0]: ")
+    assert f"warning: {told[0]}\n" in answer(capsys, "plan", spec)[2]
+    assert answer_json(capsys, "plan", spec)["warnings"] == told

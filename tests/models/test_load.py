@@ -259,3 +259,33 @@ def test_a_gguf_is_dequantised_once_and_rounds_the_same_in_both_dtypes(tmp_path:
     for left, right in zip(wide.parameters(), narrow.parameters(), strict=True):
         assert torch.equal(left.bfloat16(), right)
     assert narrow_model.tokenizer()("Hello<|im_end|>")["input_ids"] == [19556, 2]
+
+
+@pytest.mark.parametrize(("named", "expected"), [(5, (2, 5)), ([5, 2, 7], (2, 5, 7)), (None, (2,))])
+def test_stop_tokens_are_those_of_the_generation_config_too(folder: Path, named: object, expected: tuple[int, ...]) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert opened(folder).stop_tokens == expected
+
+
+def test_a_generation_config_that_names_no_stop_token_adds_none(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{}")
+    assert opened(folder).stop_tokens == (2,)
+
+
+def test_a_broken_generation_config_is_an_error_of_the_model(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    for text, why in (("{", "Expecting property name"), ('{"eos_token_id": "end"}', "invalid literal for int()")):
+        path.write_text(text)
+        with pytest.raises(ModelError) as caught:
+            _ = opened(folder).stop_tokens
+        assert str(caught.value).startswith(f"spec.yaml:2: model.path: {path} cannot be read: {why}")
+        assert str(caught.value).endswith("\n  Mend the file, or take it away.")
+
+
+def test_a_python_model_brings_the_stop_tokens_of_its_generation_config(tmp_path: Path) -> None:
+    source = (
+        "from types import SimpleNamespace\nfrom torch import nn\n"
+        "def build():\n    net = nn.Linear(2, 2)\n    net.generation_config = SimpleNamespace(eos_token_id=[3, 1])\n    return net\n"
+    )
+    (tmp_path / "kvc_test_stops.py").write_text(source)
+    assert opened("python:kvc_test_stops:build", None, tmp_path).stop_tokens == (1, 3)

@@ -55,7 +55,7 @@ def refusal(mix) -> str:
 
 def test_positions_that_start_elsewhere_are_refused():
     text = refusal(lambda self, x: x + torch.arange(5, x.shape[1] + 5)[:, None])
-    assert text.startswith("make_positions_explicit: arange: positions do not run from 0 in steps of 1: i64[s] ")
+    assert text.startswith("make_positions_explicit: arange: positions do not run from 0 in steps of 1, one a token: i64[s] ")
     assert text.endswith("\n  Let the model take position_ids as its second argument.")
 
 

@@ -16,9 +16,10 @@ def test_the_model_becomes_segments_and_sites(golden):
     golden("outline_segments", difference(*texts("outline_segments", toys.gated(inner=(16, 16)))))
 
 
-@pytest.mark.parametrize(
-    ("name", "vocabulary"), [("planted", 128), ("nanogpt", 64), ("gated", 32), ("shared_values", 32), ("llama", 256), ("gpt_oss", 256)]
-)
+TOYS = {"planted": 128, "nanogpt": 64, "gated": 32, "shared_values": 32, "llama": 256, "gemma2": 256}
+
+
+@pytest.mark.parametrize(("name", "vocabulary"), [*TOYS.items(), pytest.param("gpt_oss", 256, marks=pytest.mark.slow)])
 def test_before_and_after_agree(name, vocabulary):
     agrees_before_and_after("outline_segments", getattr(toys, name)(), vocabulary)
 

@@ -35,7 +35,7 @@ def spec(dtype: str, *rules: dict) -> dict:
     return {
         "kvcompile": 1,
         "model": {"path": PATH, "dtype": dtype},
-        "policies": {"duo": {"zones": [zone], "rollback": ROLLBACK}},
+        "policies": {"duo": {"zones": [zone], "rollback": ROLLBACK}} if DUO in rules else {},
         "heads": [{"policy": "full"}, *rules],
         "verify": {"tokens": 64},
     }

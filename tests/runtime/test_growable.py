@@ -214,3 +214,21 @@ def test_refused_address_space_leaves_the_store_as_it_was(monkeypatch):
     with pytest.raises(CapacityError, match="refused"):
         append(store, 20)
     assert same(contents(store), before)
+
+
+def test_an_interrupted_copy_appends_nothing_and_its_memory_is_given_back(monkeypatch):
+    store = store_of(3)
+    held = contents(store)
+    with monkeypatch.context() as patch:
+
+        def interrupted(target, source):
+            raise KeyboardInterrupt
+
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            append(store, 50)
+    assert store.tokens == 3
+    assert all(torch.equal(one, two) for one, two in zip(contents(store), held, strict=True))
+    assert store._parts[0].buffer.written == 53
+    store.rollback(1)
+    assert store._parts[0].buffer.written == 2

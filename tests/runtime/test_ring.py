@@ -228,3 +228,34 @@ def test_strided_input_and_input_of_another_dtype():
     for dtype in (torch.bfloat16, torch.float16):
         store = ring(dtype=dtype)
         feed(store, key.transpose(0, 1).contiguous().transpose(0, 1), value, 60, 25)
+
+
+class Interrupted:
+    """A tensor whose copy into the ring fails at the `call`-th one."""
+
+    def __init__(self, monkeypatch, call):
+        real, count = torch.Tensor.copy_, iter(range(10**9))
+
+        def copy(target, source, *rest):
+            if next(count) == call:
+                raise KeyboardInterrupt
+            return real(target, source, *rest)
+
+        monkeypatch.setattr(torch.Tensor, "copy_", copy)
+
+
+@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize(("new", "undone"), [(1, True), (6, True), (9, False)])
+def test_a_ring_knows_what_an_interrupted_copy_may_have_overwritten(monkeypatch, new, undone, call):
+    key, value = text(200)
+    store = ring(rollback=5)
+    feed(store, key, value, 40, 40)
+    with monkeypatch.context() as patch:
+        Interrupted(patch, call)
+        with pytest.raises(KeyboardInterrupt):
+            store.extend(key[:, 40 : 40 + new] + 1, value[:, 40 : 40 + new] + 1)
+    assert store.tokens == 40 + new
+    assert (store.can_rollback(new) is None) is undone
+    if undone:
+        store.rollback(new)
+        feed(store, key, value, 100, 3)

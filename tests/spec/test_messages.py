@@ -138,8 +138,8 @@ SINK = "policies: {mine: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 
         ),
         ("policies: {a: {zones: [all], store: {kivi: {bits: 3}}}}", "policies.a.store.kivi.bits: 3 is not allowed: 2 or 4."),
         (
-            "policies: {a: {zones: [all], rollback: 8}}",
-            "policies.a.rollback: 8 has no effect: zone all keeps every token and rolls back to any length.",
+            "policies: {a: {zones: [all]}}",
+            's.yaml:2: policies.a: policy "a" is used by no rule.\n  Name it in heads, for example heads: [{policy: a}], or take it out.',
         ),
         ("prefill: {chunk_tokens: 0}", 's.yaml:2: prefill.chunk_tokens: 0 is not allowed: a number of tokens from 1, or such as "2k".'),
         ("verify: {tokens: 15}", 's.yaml:2: verify.tokens: 15 is not allowed: a number of tokens from 16, or such as "1k".'),

@@ -171,3 +171,41 @@ def test_reading_a_spec_imports_neither_torch_nor_transformers(folder):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+NEAR = {"near": {"zones": [{"sink_recent": {"sink_tokens": 4, "recent_tokens": 8}}]}}
+UNUSED = (
+    '<spec>: policies.near: policy "near" is used by no rule.\n'
+    "  Name it in heads, for example heads: [{policy: near}], or take it out."
+)
+
+
+@pytest.mark.parametrize("heads", [{}, {"heads": [{"policy": "full"}]}])
+def test_a_policy_that_no_rule_uses_is_refused(heads):
+    with pytest.raises(SpecError) as caught:
+        load_spec({"kvcompile": 1, "policies": NEAR, **heads})
+    assert str(caught.value) == UNUSED
+
+
+def test_a_redefined_full_needs_no_rule_because_other_kv_heads_get_it():
+    spec = load_spec({"kvcompile": 1, "policies": {"full": {"zones": ["all"], "store": "bfloat16"}}})
+    assert spec.policies["full"].store == Store("bfloat16")
+
+
+def test_a_misspelt_rule_is_told_once_and_not_as_an_unused_policy_too():
+    with pytest.raises(SpecError) as caught:
+        load_spec({"kvcompile": 1, "policies": NEAR, "heads": [{"policy": "naer"}]})
+    told = '<spec>: heads[0].policy: policy "naer" does not exist (there are full, near, streaming).\n  Did you mean "near"?'
+    assert str(caught.value) == told
+
+
+def test_rules_that_an_override_took_away_leave_their_policies_alone(folder):
+    file = write(folder, "kvcompile: 1\npolicies: {mine: {zones: [all]}}\nheads: [{policy: mine}]\n")
+    assert load_spec(file, overrides=["heads="]).heads == (HeadRule("full"),)
+    assert load_spec(file, overrides=["heads[0].policy=full"]).heads[0].policy == "full"
+
+
+def test_zone_all_takes_a_rollback_for_the_windows_that_a_model_has_itself():
+    policies = {"mine": {"zones": ["all"], "rollback": 8}}
+    spec = load_spec({"kvcompile": 1, "policies": policies, "heads": [{"policy": "mine"}]})
+    assert spec.policies["mine"] == HeadPolicy("mine", (All(),), rollback_tokens=8)
