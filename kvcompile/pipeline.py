@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from kvcompile.codegen.reproducer import captured, reproducer_source
-from kvcompile.ir.errors import Problem, SpecError
+from kvcompile.ir.errors import KvcompileError, Problem, SpecError
 from kvcompile.ir.graphs import write_graphml, write_svg
 from kvcompile.ir.show import difference, graph_text, unit_text
 from kvcompile.ir.unit import Pass, Unit
@@ -80,7 +80,11 @@ class Pipeline:
     def _dump(self, number: int, name: str, unit: Unit, before: str, after: str) -> None:
         if self.dump is None:
             return
-        self.dump.mkdir(parents=True, exist_ok=True)
+        try:
+            self.dump.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"the folder cannot be made: {error.strerror}."
+            raise KvcompileError(Problem(f"--dump {self.dump}", what, "Name a folder that can be written.")) from error
         stem = f"{number:02d}-{name}"
         (self.dump / f"{stem}.txt").write_text(after)
         (self.dump / f"{stem}.diff").write_text(difference(before, after) + "\n")

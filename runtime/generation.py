@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -60,9 +61,12 @@ def complete(
     """
     if max_new_tokens < 1:
         raise SessionError(Problem("max_new_tokens", f"{max_new_tokens} is less than 1.", "Ask for at least one token."))
-    if temperature < 0:
-        raise SessionError(Problem("temperature", f"{temperature} is negative.", "0 is greedy; 1 samples the model's distribution."))
+    if not 0 <= temperature < math.inf:
+        mend = "0 is greedy; 1 samples the model's distribution."
+        raise SessionError(Problem("temperature", f"{temperature} is not a number from 0 on.", mend))
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
+        raise SessionError(Problem("stop", "an empty text ends every answer at once.", "Take it out."))
     if model.tokenizer is None:
         for option, given in (("stop", bool(stop)), ("on_text", on_text is not None)):
             if given:
@@ -108,6 +112,9 @@ def _prompt_ids(model: CompiledModel, prompt: str | Tokens, chat: bool, continue
         return as_token_ids(prompt, model.vocabulary)
     if model.tokenizer is None:
         raise SessionError(Problem("prompt", "the model has no tokenizer.", "Give token ids, or pass tokenizer= to kvcompile.compile."))
+    if chat and getattr(model.tokenizer, "chat_template", "") is None:
+        mend = "Write the prompt as the model was trained to read it."
+        raise SessionError(Problem("chat", "this model has no chat template.", mend))
     if chat:
         ids = model.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
         ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)

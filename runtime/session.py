@@ -21,7 +21,7 @@ Tokens: TypeAlias = int | Sequence[int] | Tensor
 def as_token_ids(tokens: Tokens, vocabulary: int | None = None) -> Tensor:
     """Token ids as a 1-D int64 tensor.
 
-    Takes an int, a list or tuple of ints, or a 1-D integer tensor ([1, n] as tokenizers return it is taken too).
+    Takes an int, a list or tuple of ints, or a 1-D integer tensor (a 0-D one and [1, n] are taken too).
     Raises SessionError for no token at all, another shape, fractions, or an id outside the vocabulary.
     """
     mend = "Give an int, a list or tuple of ints, or a 1-D integer tensor."
@@ -29,8 +29,8 @@ def as_token_ids(tokens: Tokens, vocabulary: int | None = None) -> Tensor:
         ids = torch.as_tensor([tokens] if isinstance(tokens, int) else tokens)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SessionError(Problem("tokens", f"cannot be read as token ids ({error}).", mend)) from error
-    if ids.dim() == 2 and ids.shape[0] == 1:
-        ids = ids[0]
+    if ids.dim() == 0 or (ids.dim() == 2 and ids.shape[0] == 1):
+        ids = ids.reshape(-1)  # argmax gives a number, tokenizers a row
     if ids.numel() == 0:
         raise SessionError(Problem("tokens", "there is no token.", "Give at least one token."))
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:

@@ -233,3 +233,18 @@ def test_text_needs_a_tokenizer(model):
         bare.complete("text")
     assert str(caught.value) == "prompt: the model has no tokenizer.\n  Give token ids, or pass tokenizer= to kvcompile.compile."
     assert bare.complete([1, 2], max_new_tokens=3).text == ""
+
+
+def test_an_empty_stop_text_is_refused(model):
+    with pytest.raises(SessionError) as caught:
+        model.generate("a", stop=["END", ""])
+    assert str(caught.value) == "stop: an empty text ends every answer at once.\n  Take it out."
+
+
+def test_a_chat_without_a_template_is_refused(model):
+    class Plain(Bytes):
+        chat_template = None
+
+    with pytest.raises(SessionError) as caught:
+        replace(model, tokenizer=Plain()).generate("a", chat=True)
+    assert str(caught.value) == "chat: this model has no chat template.\n  Write the prompt as the model was trained to read it."

@@ -15,7 +15,7 @@ from units import spec, traced
 import kvcompile
 from kvcompile.codegen.reproducer import captured, reproducer_source
 from kvcompile.compiler import run_passes
-from kvcompile.ir.errors import CapacityError, SpecError, UnsupportedGraphError
+from kvcompile.ir.errors import CapacityError, KvcompileError, SpecError, UnsupportedGraphError
 from kvcompile.ir.show import difference, graph_text, unit_text
 from kvcompile.pipeline import PASSES, Pipeline
 from kvcompile.spec.patterns import write_pattern
@@ -179,3 +179,11 @@ def test_a_reproducer_holds_the_graph_as_it_was_before_a_pass_spoilt_it(tmp_path
         Pipeline(passes=(Spoils(),), dump=tmp_path).run(unit)
     assert (tmp_path / "reproduce.py").read_text() == expected
     assert "spoilt" not in (tmp_path / "failed.txt").read_text()
+
+
+def test_a_dump_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KvcompileError) as caught:
+        Pipeline(dump=tmp_path / "file" / "dump").run(traced(toys.gated(inner=(16,))))
+    place = tmp_path / "file" / "dump"
+    assert str(caught.value) == f"--dump {place}: the folder cannot be made: Not a directory.\n  Name a folder that can be written."

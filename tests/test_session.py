@@ -553,3 +553,9 @@ def test_beyond_the_declared_context_there_is_one_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         session.step(2)
+
+
+def test_the_number_that_argmax_gives_is_a_token(full):
+    one, two = full.session(), full.session()
+    logits = one.prefill([1, 2, 3])
+    assert torch.equal(one.step(logits.argmax()), (two.prefill([1, 2, 3]), two.step(int(logits.argmax())))[1])

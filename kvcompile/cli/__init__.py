@@ -25,6 +25,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (setuptools' entry point passes it to sys.exit)."""
     arguments = list(sys.argv[1:] if words is None else words)
     as_json = "--json" in arguments
+    if sys.stdout is None:  # closed by the shell: `kvcompile ... >&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         return _run(arguments)
     except KvcompileError as error:

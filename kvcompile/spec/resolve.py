@@ -175,6 +175,12 @@ class _Reader:
             users = [index for index, rule in enumerate(form.heads or []) if rule.policy == name]
             zones = tuple(self._zones(name, policy, [(index, patterns[index]) for index in users]))
             dtype = policy.store.dtype if policy.store else None
+            if name == "full" and zones and zones != (All(),):
+                self._problem(
+                    "policies.full.zones",
+                    "full is what KV heads without a rule do and what every compile is proved with: its zones are [all].",
+                    "Give this policy another name.",
+                )
             if zones:
                 store = Store(None if dtype == "int8" else dtype)
                 policies[name] = HeadPolicy(name=name, zones=zones, store=store, rollback_tokens=policy.rollback)

@@ -78,6 +78,28 @@ def test_sdpa_without_a_head_dimension_is_refused():
     assert refusal(Flat()).endswith(f"scaled_dot_product_attention is called on 3-dimensional tensors.{BUILT}")
 
 
+def test_heads_or_tokens_in_the_batch_dimension_are_refused():
+    class Folded(toys.Mixed):
+        def mix(self, x):
+            heads = x.unflatten(2, (2, -1)).transpose(1, 2).transpose(0, 1)
+            return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(0, 1).transpose(1, 2).flatten(2)
+
+    assert refusal(Folded()).endswith(f"scaled_dot_product_attention is called with heads or tokens in the batch dimension.{BUILT}")
+
+
+def test_keys_of_other_tokens_are_refused():
+    class Memory(toys.Mixed):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("memory", torch.randn(1, 2, 5, 8))
+
+        def mix(self, x):
+            heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+            return F.scaled_dot_product_attention(heads, self.memory, self.memory, is_causal=True).transpose(1, 2).flatten(2)
+
+    assert refusal(Memory()).endswith(f"scaled_dot_product_attention is called with keys that are not the call's own tokens.{BUILT}")
+
+
 def test_a_spelt_out_attention_is_refused_by_its_node():
     assert refusal(toys.spelt_out()).startswith(
         "canonicalise_attention: ones: an attention is spelt out that kvcompile does not recognise: bool[s, s]"

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import torch.nn.functional as F
 import toys
 from units import after, agrees_before_and_after, texts
 
 from kvcompile.codegen.segments import segment_sources
+from kvcompile.ir.errors import UnsupportedGraphError
 from kvcompile.ir.show import difference
 
 
@@ -47,6 +49,23 @@ def test_layers_that_take_their_weights_in_another_order_are_matched():
     ]
     assert weights[1].index("blocks.1.gate.weight") < weights[1].index("blocks.1.up.weight")
     agrees_before_and_after("outline_segments", model, 32)
+
+
+def test_several_rows_a_token_across_an_attention_are_refused():
+    """The last segment runs on the wanted tokens only: it could not tell which rows are theirs."""
+
+    class Rows(toys.Mixed):
+        def forward(self, ids):
+            x = self.words(ids)
+            rows = x.unflatten(2, (2, -1)).flatten(1, 2)
+            heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+            out = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+            return self.head(out + rows.unflatten(1, (-1, 2)).flatten(2))
+
+    with pytest.raises(UnsupportedGraphError) as caught:
+        after("outline_segments", Rows().eval())
+    assert ": a value with several rows a token is kept across an attention: " in str(caught.value)
+    assert str(caught.value).endswith("\n  Keep it as [1, tokens, ...].")
 
 
 def test_weights_are_inputs_of_segments_not_parts():

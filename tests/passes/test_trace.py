@@ -96,6 +96,18 @@ def test_a_module_that_export_cannot_trace_is_refused_with_its_reason():
     assert text.endswith("\n  Its forward must be traceable for a varying number of tokens, without a KV cache.")
 
 
+def test_a_graph_inside_the_graph_is_refused():
+    class Autocast(toys.Mixed):
+        def mix(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.head(x)[..., :16]
+
+    with pytest.raises(UnsupportedGraphError) as caught:
+        trace(Autocast().eval())
+    assert "the model's forward uses wrap_with_autocast, which holds a graph of its own." in str(caught.value)
+    assert str(caught.value).endswith("\n  Take autocast, enable_grad, checkpointing and data-dependent control flow out of forward.")
+
+
 def test_a_window_that_no_attention_has_is_refused():
     class Export:
         graph = trace(toys.planted()).graph

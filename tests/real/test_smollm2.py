@@ -133,13 +133,21 @@ def test_bfloat16_is_as_near_to_float32_as_eager_bfloat16(ids, expected_TV):
     assert ours.max_logit_difference <= 1.2 * theirs.max_logit_difference
 
 
-# float32 logits of up to 41: eager itself gives logits that are 1.4e-4 apart for one token alone and among 1100 (its matrix products
-# round otherwise), 4.8e-6 of the token's largest logit; so do chunks.
+def assert_equal_to_rounding(found_TV: torch.Tensor, expected_TV: torch.Tensor) -> None:
+    """To 1e-5 of the token's largest logit.
+
+    Logits reach 41, and eager itself gives logits that are 1.4e-4 apart for one token alone and among 1100: its matrix
+    products round otherwise.  In float64 chunks of 64 differ by 0.
+    """
+    apart = (found_TV - expected_TV).abs().amax(1) / expected_TV.abs().amax(1)
+    print(f"largest difference {apart.max():.2e} of the token's largest logit")
+    assert apart.max() <= 1e-5
+
+
 @pytest.mark.parametrize("chunk", [7, 64, 512])
 def test_chunks_do_not_change_streaming_results(duo, ids, chunk, whole_TV):
     found = read(duo.session(), ids[:700], chunk)
-    print(f"chunk {chunk}: {(found - whole_TV).abs().max():.2e}")
-    torch.testing.assert_close(found, whole_TV, rtol=1e-5, atol=1e-5)
+    assert_equal_to_rounding(found, whole_TV)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +161,7 @@ def test_chunks_of_one_token_do_not_change_streaming_results(duo, ids, whole_TV)
     session = duo.session()
     session.prefill(ids[:start])
     found = steps(session, ids[start:end])
-    print(f"chunk 1: {(found - whole_TV[start:end]).abs().max():.2e}")
-    torch.testing.assert_close(found, whole_TV[start:end], rtol=1e-5, atol=1e-5)
+    assert_equal_to_rounding(found, whole_TV[start:end])
 
 
 def test_interleaved_forked_and_rolled_back_sessions_are_bit_equal_to_alone(duo, ids):

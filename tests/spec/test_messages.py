@@ -343,3 +343,13 @@ def test_an_unwritable_output_is_told_before_anything_is_compiled(folder, monkey
     monkeypatch.setattr(os, "access", lambda path, mode: False if mode & os.W_OK else access(path, mode))
     assert 'output.directory: "model" is not writable.' in told("kvcompile: 1\noutput: {directory: model}\n")
     assert 'output.directory: "model/a/b" cannot be made: ' in told("kvcompile: 1\noutput: {directory: model/a/b}\n")
+
+
+def test_full_cannot_be_given_another_meaning():
+    window = {"sink_recent": {"sink_tokens": 4, "recent_tokens": 16}}
+    with pytest.raises(SpecError) as caught:
+        load_spec({"kvcompile": 1, "policies": {"full": {"zones": [window]}}})
+    assert str(caught.value) == (
+        "<spec>: policies.full.zones: full is what KV heads without a rule do and what every compile is proved with: its zones are [all].\n"
+        "  Give this policy another name."
+    )
