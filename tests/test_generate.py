@@ -208,7 +208,7 @@ def test_each_chunk_of_the_prompt_is_told(model):
     ("options", "told"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: 0 is less than 1.\n  Ask for at least one token."),
-        ({"temperature": -0.5}, "temperature: -0.5 is negative.\n  0 is greedy; 1 samples the model's distribution."),
+        ({"temperature": -0.5}, "temperature: -0.5 is not a number from 0 on.\n  0 is greedy; 1 samples the model's distribution."),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_read(model, options, told):
