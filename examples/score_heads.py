@@ -103,4 +103,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except kvcompile.KvcompileError as error:
+        raise SystemExit(str(error)) from None
