@@ -1,5 +1,5 @@
 # make demo       install into .venv, compile SmolLM2-135M, read a 6000-token text and answer from it
-# make test       every test            make test-fast   those that need no weights, under two minutes
+# make test       every test            make test-fast   those that need no weights and are quick: three minutes
 # make lint       ruff and mypy         make install     .venv only         make clean   .venv and everything built
 #
 # Variables:

@@ -22,6 +22,8 @@ from kvcompile.passes import huggingface
 from kvcompile.runtime.model import PackedCall
 from kvcompile.runtime.program import Program
 
+pytestmark = pytest.mark.slow  # every test traces and verifies a model
+
 SPEC = {"kvcompile": 1, "verify": {"tokens": 32}}
 SHORT = {"short": {"zones": [{"sink_recent": {"sink_tokens": 4, "recent_tokens": 12}}]}}
 
