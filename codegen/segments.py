@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvcompile.ir.linear_op import LINEARS
 from kvcompile.ir.show import shape_text
 
 _HEADER = '''"""{name}: what the model computes between two attentions, called {calls} times.
@@ -14,6 +15,7 @@ Made by kvcompile from the traced graph; print it again with: kvcompile SPEC --s
 import torch
 from torch import device, inf, nan
 '''
+_LINEARS_IMPORT = "import kvcompile.ir.linear_op  # it defines torch.ops.kvc.linears\n"
 
 
 def segment_sources(graph: torch.fx.GraphModule) -> dict[str, str]:
@@ -28,4 +30,7 @@ def _source(name: str, calls: int, segment: torch.nn.Module) -> str:
     assert isinstance(segment, torch.fx.GraphModule)
     tensors = [f"# {node.name}: {shape_text(node.meta.get('val'))}" for node in segment.graph.find_nodes(op="placeholder")]
     code = segment.graph.python_code("self").src.strip().replace("def forward(self, ", f"def {name}(", 1)
-    return "\n".join([_HEADER.format(name=name, calls=calls), "", *tensors, code, ""])
+    header = _HEADER.format(name=name, calls=calls)
+    if segment.graph.find_nodes(op="call_function", target=LINEARS):
+        header += "\n" + _LINEARS_IMPORT
+    return "\n".join([header, "", *tensors, code, ""])

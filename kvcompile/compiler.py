@@ -20,6 +20,7 @@ from kvcompile.ir.plan import Plan
 from kvcompile.ir.show import graph_text
 from kvcompile.ir.spec import ModelSource, Spec
 from kvcompile.ir.unit import Unit
+from kvcompile.link import kernel_sources, link
 from kvcompile.models import cache
 from kvcompile.models.load import open_model
 from kvcompile.models.opened import OpenedModel, token_ids
@@ -27,8 +28,7 @@ from kvcompile.passes.trace import bind_weights, trace
 from kvcompile.pipeline import Pipeline
 from kvcompile.report import DEFAULT_CONTEXTS, plan_text, report_compiled
 from kvcompile.runtime.model import CompiledModel
-from kvcompile.runtime.program import Program
-from kvcompile.verify import Verification, record_key, verify
+from kvcompile.verify import Verification, full_plan, record_key, verify
 
 Progress = Callable[[str], None]
 
@@ -52,8 +52,11 @@ class PassResult:
 
     @property
     def sources(self) -> dict[str, str]:
-        """The distinct segments as Python source, by name; {} before `outline_segments`."""
-        return segment_sources(self.graph)
+        """The kernels and the distinct segments as source, by name; {} before `outline_segments`."""
+        segments = segment_sources(self.graph)
+        if not segments or self.plan is None:
+            return segments
+        return {**kernel_sources(self.graph, self.plan), **segments}
 
 
 @dataclass
@@ -104,16 +107,20 @@ def compile(
             unit = _run(checked, None, module, stages, None, dump)
         tokenizer = tokenizer if tokenizer is not None else opened.tokenizer()
     assert module is not None and unit.plan is not None
+    linked = link(unit.graph, (unit.plan, full_plan(unit.plan)), checked, stages.stage)
+    for line in linked.warnings:
+        stages.progress(line)
     compiled = CompiledModel(
-        program=Program.from_graph(unit.graph),
+        program=linked.program,
         plan=unit.plan,
+        kernels=linked.kernels,
         spec=checked,
         vocabulary=_vocabulary(unit.graph),
         name=opened.name if opened else type(module).__name__,
         tokenizer=tokenizer,
         stop_tokens=frozenset(opened.stop_tokens if opened else _stop_tokens(module)),
         timings=stages.seconds,
-        warnings=unit.warnings,
+        warnings=(*unit.warnings, *linked.warnings),
         explanation=_explain,
     )
     compiled = replace(compiled, verification=_verified(compiled, module, unit.graph, opened, stages))

@@ -63,7 +63,7 @@ def site_differences(graph: torch.fx.GraphModule, full: CompiledModel, ids: Tens
     that forgets shows at its site, in bfloat16 too.  graph: outlined.  full: the program under policy full.  ids: [tokens].
     """
     found: dict[int, float] = {}
-    call = PackedCall(full.plan, [full.session()], [0], [len(ids)], only_last=False)
+    call = PackedCall.begin(full, [full.session()], [0], [len(ids)], only_last=False)
 
     class Compare(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from kvcompile.passes.assign_policies import AssignPolicies
 from kvcompile.passes.build_zones import BuildZones
 from kvcompile.passes.canonicalise_attention import CanonicaliseAttention
 from kvcompile.passes.check_token_wise import CheckTokenWise
+from kvcompile.passes.group_linears import GroupLinears
 from kvcompile.passes.make_positions_explicit import MakePositionsExplicit
 from kvcompile.passes.outline_segments import OutlineSegments
 from kvcompile.passes.place import Place
@@ -30,6 +31,7 @@ PASSES: tuple[Pass, ...] = (
     BuildZones(),  # groups need every head's policy
     Place(),  # bytes need the groups; a plan that does not fit stops here, before weights are loaded
     RequestKernels(),  # the request names the device
+    GroupLinears(),  # after the plan, which needs no kernel of a linear layer; before outlining, so that equal segments stay equal
     OutlineSegments(),  # last: it replaces the graph that the others read
 )
 

@@ -128,14 +128,17 @@ def full_plan(plan: Plan) -> Plan:
 def record_key(model_hash: str, compiled: CompiledModel, graph: torch.fx.GraphModule) -> str:
     """What must be unchanged for a verification to be believed again: weights, traced graph, plan, our code, the machine."""
     code = hashlib.sha256()
-    for package in ("kvcompile", "kvcompile.ir", "kvcompile.passes", "kvcompile.runtime", "kvcompile.data"):
-        for source in sorted(files(package).iterdir(), key=lambda each: each.name):
-            if source.name.endswith((".py", ".txt")):
+    packages = ("", ".ir", ".passes", ".codegen", ".codegen.cpp", ".runtime", ".data")
+    for package in packages:
+        for source in sorted(files(f"kvcompile{package}").iterdir(), key=lambda each: each.name):
+            if source.name.endswith((".py", ".txt", ".h", ".cpp", ".jinja")):
                 code.update(source.read_bytes())
     parts = {
         "model": model_hash,
         "graph": graph_text(graph),
         "plan": [asdict(site) for site in compiled.plan.sites],
+        "kernels": sorted(compiled.kernels.keys),
+        "target": asdict(replace(compiled.spec.target, where="", memory_bytes=None)),
         "verify_tokens": compiled.spec.verify_tokens,
         "chunk_tokens": compiled.chunk_tokens,
         "code": code.hexdigest(),

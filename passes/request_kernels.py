@@ -44,6 +44,7 @@ def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest:
         head_dim=site.head_dim,
         value_dim=site.value_dim,
         queries_per_kv=site.queries_per_kv,
+        dtype=site.dtype,
         compute_dtype="float64" if site.dtype == "float64" else "float32",
         store_dtype=group.policy.store.dtype or site.dtype,
         scale=site.scale,

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.runtime.address_space import PAGE_BYTES, release_tail, reserve
+from kvcompile.runtime.descriptor import DescribedPart, Descriptor
+from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots
 from kvcompile.runtime.spans import Span
 from kvcompile.runtime.store import rollback_range_problem
 
@@ -27,18 +29,28 @@ class GrowableStore:
     """Every token of the past, for the KV heads of one group (policy zone `all`).
 
     capacity_tokens: address space reserved for the first buffer; a longer context opens further buffers, each at least
-    as large.  dtype: what keys and values are kept in.
-    Raises CapacityError (from `extend`, before anything changed) when the system refuses address space.
+    as large.  dtype: what keys and values are kept in.  layout: how keys lie in memory.
+    Raises CapacityError (from `extend` or `advance`, before anything changed) when the system refuses address space.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, capacity_tokens: int) -> None:
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        capacity_tokens: int,
+        layout: KeyLayout = "rows",
+    ) -> None:
         assert min(kv_heads, head_dim, value_dim, capacity_tokens) > 0
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.value_dim = value_dim
         self.dtype = dtype
         self.capacity_tokens = capacity_tokens
+        self.layout = layout
         self._parts: list[_Part] = []
+        self._descriptor: Descriptor | None = None
 
     @property
     def tokens(self) -> int:
@@ -53,17 +65,38 @@ class GrowableStore:
 
         key_HSD: [H, S, D]; value_HSE: [H, S, E]; any strides and dtype; S = 0 appends nothing.
         """
-        new = key_HSD.shape[1]
+        first, new = self.tokens, key_HSD.shape[1]
         assert key_HSD.shape == (self.kv_heads, new, self.head_dim), (key_HSD.shape, self.kv_heads, self.head_dim)
         assert value_HSE.shape == (self.kv_heads, new, self.value_dim), (value_HSE.shape, self.kv_heads, self.value_dim)
-        room = min(new, self._room())
-        further = self._open(self.tokens + room, new - room) if new > room else None  # may raise: nothing is written yet
-        if room:
-            self._parts[-1].append(key_HSD[:, :room], value_HSE[:, :room])
-        if further is not None:
-            further.append(key_HSD[:, room:], value_HSE[:, room:])
-            self._parts.append(further)
+        self.advance(new)
+        try:
+            for part in self._parts:
+                part.write(first, key_HSD, value_HSE)
+        except BaseException:
+            self.rollback(new)
+            raise
         return self.spans()
+
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` more tokens, which the caller writes: where, `descriptor()` says."""
+        room = min(tokens, self._room())
+        further = self._open(self.tokens + room, tokens - room) if tokens > room else None  # may raise: nothing is counted yet
+        if room:
+            self._parts[-1].count(room)
+        if further is not None:
+            further.count(tokens - room)
+            self._parts.append(further)
+        if self._descriptor is not None and self.tokens > self._descriptor.end:
+            self._descriptor = None
+
+    def descriptor(self) -> int:
+        """Address of the words that tell the kernels where each position lies; good until the store is rolled back or longer."""
+        if self._descriptor is None:
+            last = len(self._parts) - 1
+            self._descriptor = Descriptor.growing(
+                [part.described(part.room() if index == last else 0) for index, part in enumerate(self._parts)]
+            )
+        return self._descriptor.address
 
     def can_rollback(self, tokens: int) -> Problem | None:
         """Any depth down to the empty store is possible."""
@@ -75,6 +108,7 @@ class GrowableStore:
         if problem is not None:
             raise SessionError(problem)
         keep = self.tokens - tokens
+        self._descriptor = None
         while self._parts and self._parts[-1].buffer.first >= keep:
             self._parts.pop()
         if self._parts:
@@ -82,7 +116,7 @@ class GrowableStore:
 
     def fork(self) -> GrowableStore:
         """A store with the same tokens that reads them where they are: 0 bytes, until the child appends its own."""
-        child = GrowableStore(self.kv_heads, self.head_dim, self.value_dim, self.dtype, self.capacity_tokens)
+        child = GrowableStore(self.kv_heads, self.head_dim, self.value_dim, self.dtype, self.capacity_tokens, self.layout)
         child._parts = [part.lent() for part in self._parts]
         return child
 
@@ -101,7 +135,7 @@ class GrowableStore:
 
     def _open(self, first: int, tokens: int) -> _Part:
         capacity = max(self.capacity_tokens, tokens)
-        return _Part(_Buffer(first, self.kv_heads, self.head_dim, self.value_dim, self.dtype, capacity), 0, None)
+        return _Part(_Buffer(first, self.kv_heads, self.head_dim, self.value_dim, self.dtype, capacity, self.layout), 0, None)
 
 
 @dataclass(eq=False)
@@ -118,16 +152,21 @@ class _Buffer:
     A head starts on a page, so that the tail of each head can be given back.
     """
 
-    def __init__(self, first: int, kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, capacity: int) -> None:
-        key_bytes, value_bytes = (_whole_pages(capacity * dim * dtype.itemsize) for dim in (head_dim, value_dim))
+    def __init__(
+        self, first: int, kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, capacity: int, layout: KeyLayout
+    ) -> None:
+        key_bytes = _whole_pages(key_capacity(layout, capacity) * head_dim * dtype.itemsize)
+        value_bytes = _whole_pages(capacity * value_dim * dtype.itemsize)
         region = reserve(kv_heads * (key_bytes + value_bytes))
         keys, values = region.split_with_sizes([kv_heads * key_bytes, kv_heads * value_bytes])
         self._heads = [*keys.view(kv_heads, -1).unbind(), *values.view(kv_heads, -1).unbind()]  # bytes of each head's keys, then values
         self._row_bytes = [head_dim * dtype.itemsize] * kv_heads + [value_dim * dtype.itemsize] * kv_heads
+        self._key_tokens = key_capacity(layout, 1)
         self.first = first
         self.capacity = capacity
-        self.key_HCD = keys.view(dtype).view(kv_heads, -1)[:, : capacity * head_dim].unflatten(1, (capacity, head_dim))
+        self.keys = key_slots(layout, keys.view(dtype).view(kv_heads, -1), head_dim, capacity)
         self.value_HCE = values.view(dtype).view(kv_heads, -1)[:, : capacity * value_dim].unflatten(1, (capacity, value_dim))
+        self.addresses = (keys.data_ptr(), values.data_ptr(), key_bytes, value_bytes)
         self.written = 0  # slots below it may hold memory
         self.leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
 
@@ -139,8 +178,9 @@ class _Buffer:
         """Gives back the whole pages of every head from `slot` on, as far as they were written."""
         if slot >= self.written:
             return
+        whole = -(-slot // self._key_tokens) * self._key_tokens  # a block of keys is kept as long as one of its slots is
         for head, row_bytes in zip(self._heads, self._row_bytes, strict=True):
-            start, end = _whole_pages(slot * row_bytes), _whole_pages(self.written * row_bytes)
+            start, end = _whole_pages(whole * row_bytes), min(head.nbytes, _whole_pages((self.written + self._key_tokens) * row_bytes))
             if start < end:
                 release_tail(head[start:end])
         self.written = slot
@@ -160,7 +200,10 @@ class _Part:
 
     def span(self) -> Span:
         buffer = self.buffer
-        return Span(buffer.first, buffer.key_HCD.narrow(1, 0, self.tokens), buffer.value_HCE.narrow(1, 0, self.tokens))
+        return Span(buffer.first, buffer.keys.read(0, self.tokens), buffer.value_HCE.narrow(1, 0, self.tokens))
+
+    def described(self, room: int) -> DescribedPart:
+        return DescribedPart(*self.buffer.addresses, self.buffer.first, self.end + room)
 
     def room(self) -> int:
         """Free slots behind the last token; none in a buffer of another store, none below a living lease (rule 2)."""
@@ -168,12 +211,19 @@ class _Part:
             return 0
         return self.buffer.capacity - self.tokens
 
-    def append(self, key_HSD: Tensor, value_HSE: Tensor) -> None:
-        new = key_HSD.shape[1]
-        self.buffer.written = max(self.buffer.written, self.tokens + new)  # first: an interrupted copy took memory too
-        self.buffer.key_HCD.narrow(1, self.tokens, new).copy_(key_HSD)
-        self.buffer.value_HCE.narrow(1, self.tokens, new).copy_(value_HSE)
-        self.tokens += new  # last: nobody reads beyond it
+    def count(self, new: int) -> None:
+        """`new` more slots are in use, and hold memory from now on even if the write that follows is interrupted."""
+        self.tokens += new
+        self.buffer.written = max(self.buffer.written, self.tokens)
+
+    def write(self, first: int, key_HSD: Tensor, value_HSE: Tensor) -> None:
+        """The tokens that lie in this part; the first one given has position `first`."""
+        skip = max(0, self.buffer.first - first)
+        new = min(self.end, first + key_HSD.shape[1]) - max(first, self.buffer.first)
+        if new > 0 and self.lease is None:
+            slot = first + skip - self.buffer.first
+            self.buffer.keys.write(slot, key_HSD[:, skip : skip + new])
+            self.buffer.value_HCE.narrow(1, slot, new).copy_(value_HSE[:, skip : skip + new])
 
     def cut(self, tokens: int) -> None:
         """Keeps the first `tokens` slots."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,9 @@ from kvcompile.ir.spec import Spec
 from kvcompile.runtime.attend import attend_spans
 from kvcompile.runtime.generation import Generation, complete, generate
 from kvcompile.runtime.growable import GrowableStore
+from kvcompile.runtime.layout import KeyLayout
 from kvcompile.runtime.merge import apply_learnt_sinks
+from kvcompile.runtime.native import NO_KERNELS, NativeKernels, NativeTable, attend_native, site_heads
 from kvcompile.runtime.program import Program
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.session import Session, Tokens, as_token_ids
@@ -27,6 +30,7 @@ from kvcompile.runtime.store import KVStore
 class CompiledModel:
     """The decoder that `kvcompile.compile` returns.  Holds no sequence's state; `session()` makes one.
 
+    kernels:      the C++ kernels; where they serve a group of KV heads, its keys lie as they read them.
     vocabulary:   number of logits.
     stop_tokens:  ids that end `generate`.
     verification: what the compile proved (kvcompile/verify.py); None while it is being proved.
@@ -37,6 +41,7 @@ class CompiledModel:
     plan: Plan
     spec: Spec
     vocabulary: int
+    kernels: NativeKernels = NO_KERNELS
     name: str = "module"
     tokenizer: Any = None
     stop_tokens: frozenset[int] = frozenset()
@@ -55,7 +60,13 @@ class CompiledModel:
 
     def session(self) -> Session:
         """An empty session."""
-        return Session(self, [[make_store(site, group) for group in site.groups] for site in self.plan.sites], [])
+        stores = [[make_store(site, group, self.kernels.serve(group)) for group in site.groups] for site in self.plan.sites]
+        return Session(self, stores, [])
+
+    @functools.cached_property
+    def heads(self) -> list[Tensor]:
+        """The KV heads of each site in the order of its groups."""
+        return site_heads(self.plan)
 
     @torch.no_grad()
     def forward(self, batch: Sequence[tuple[Session, Tensor]], *, logits_of: str = "last") -> Tensor:
@@ -90,7 +101,7 @@ class CompiledModel:
         ends = torch.tensor(lengths).cumsum(0)
         wanted = ends - 1 if logits_of == "last" else None
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(before, lengths, strict=True)])
-        call = PackedCall(self.plan, sessions, before, lengths, only_last=logits_of == "last")
+        call = PackedCall.begin(self, sessions, before, lengths, only_last=logits_of == "last")
         input_ids = torch.cat([ids for _, ids in batch])[None]
         logits = self.program.run(input_ids, positions[None], call.attend, wanted)[0].float()
         for session, ids in batch:
@@ -132,25 +143,50 @@ class CompiledModel:
 class PackedCall:
     """Which rows of a packed call belong to which session, and the attention of all of them at one site."""
 
-    plan: Plan
+    model: CompiledModel
     sessions: list[Session]
     before: list[int]
     lengths: list[int]
     only_last: bool
+    tables: list[NativeTable]
+
+    @classmethod
+    def begin(cls, model: CompiledModel, sessions: list[Session], before: list[int], lengths: list[int], only_last: bool) -> PackedCall:
+        """Counts the new tokens in every store that a C++ kernel writes.  Raises CapacityError; then some have counted them."""
+        start = 0
+        for row, (session, length) in enumerate(zip(sessions, lengths, strict=True)):
+            session.native.advance(length, start, before[row])
+            if only_last:
+                session.native.ask_last_only(row, length)
+            start += length
+        return cls(model, sessions, before, lengths, only_last, [session.native for session in sessions])
 
     def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, final: bool) -> Tensor:
         """out [1, rows, query_heads, value_dim]; rows are all tokens, at the final site only those whose logits are wanted."""
-        plan = self.plan.sites[site]
-        facts = plan.site
+        facts = self.model.plan.sites[site].site
         last_only = final and self.only_last
-        rows = len(self.sessions) if last_only else sum(self.lengths)
-        out = query.new_empty(1, rows, facts.query_heads, facts.value_dim)
+        out = query.new_empty(1, len(self.sessions) if last_only else query.shape[2], facts.query_heads, facts.value_dim)
+        tables = [table.sites[site] for table in self.tables]
+        if len(tables[0]):
+            attend_native(query, key, value, None if sinks is None else sinks.float(), tables, self.model.heads[site], out)
+        if len(tables[0]) < len(self.model.plan.sites[site].groups):
+            self._attend_in_torch(site, query, key, value, sinks, last_only, out)
+        return out
+
+    def _attend_in_torch(
+        self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, last_only: bool, out: Tensor
+    ) -> None:
+        """The groups that have no C++ kernel."""
+        plan = self.model.plan.sites[site]
+        facts = plan.site
         start = row = 0
         for session, before, length in zip(self.sessions, self.before, self.lengths, strict=True):
             skip = length - 1 if last_only else 0
             query_KGSD = query[0, :, start + skip : start + length].unflatten(0, (facts.kv_heads, facts.queries_per_kv))
             out_SKGE = out[0, row : row + length - skip].unflatten(1, (facts.kv_heads, facts.queries_per_kv))
             for group, store in zip(plan.groups, session.stores(site), strict=True):
+                if self.model.kernels.serve(group):
+                    continue
                 heads = _as_index(group.kv_heads)
                 spans = store.extend(key[0, heads, start : start + length], value[0, heads, start : start + length])
                 assert group.request is not None
@@ -168,7 +204,6 @@ class PackedCall:
                 out_SKGE[:, heads] = state.out.permute(2, 0, 1, 3).to(out.dtype)
             start += length
             row += length - skip
-        return out
 
 
 def _as_index(kv_heads: tuple[int, ...]) -> slice | list[int]:
@@ -177,8 +212,9 @@ def _as_index(kv_heads: tuple[int, ...]) -> slice | list[int]:
     return slice(first, last + 1) if kv_heads == tuple(range(first, last + 1)) else list(kv_heads)
 
 
-def make_store(site: SitePlan, group: HeadGroup) -> KVStore:
-    """The empty store of a group of KV heads, as the plan placed it."""
+def make_store(site: SitePlan, group: HeadGroup, native: bool) -> KVStore:
+    """The empty store of a group of KV heads, as the plan placed it; native: as the C++ kernels read it."""
+    layout: KeyLayout = "blocks" if native else "rows"
     facts = site.site
     dtype: torch.dtype = getattr(torch, group.policy.store.dtype or facts.dtype)
     heads = len(group.kv_heads)
@@ -186,8 +222,8 @@ def make_store(site: SitePlan, group: HeadGroup) -> KVStore:
     match zone:
         case All():
             assert group.capacity_tokens is not None
-            return GrowableStore(heads, facts.head_dim, facts.value_dim, dtype, group.capacity_tokens)
+            return GrowableStore(heads, facts.head_dim, facts.value_dim, dtype, group.capacity_tokens, layout)
         case SinkRecent():
             return RingStore(
-                heads, facts.head_dim, facts.value_dim, dtype, zone.sink_tokens, zone.recent_tokens, group.policy.rollback_tokens
+                heads, facts.head_dim, facts.value_dim, dtype, zone.sink_tokens, zone.recent_tokens, group.policy.rollback_tokens, layout
             )

@@ -6,9 +6,9 @@ Batch is 1 and all sessions' tokens are packed along the token dimension, each w
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +17,35 @@ from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.tokens import fake_value, token_dimensions
 
 
+class Segment(Protocol):
+    """What runs between two attentions."""
+
+    def bind(self, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        """The segment with one layer's weights: a function of the activations alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class EagerSegment:
+    """A segment that torch runs node by node."""
+
+    module: torch.fx.GraphModule
+
+    def bind(self, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        forward: Callable[..., tuple[Tensor, ...]] = self.module.forward
+        return lambda *activations: forward(*activations, *weights)
+
+
 @dataclass(frozen=True)
 class CallSegment:
     """Run a segment: values in slots `inputs` to values in slots `outputs`; `frees` are not needed afterwards.
 
-    token_dims: for each input the dimension that counts tokens, or None (weights, tables).
+    run:        the segment with this call's weights.
+    token_dims: for each input the dimension that counts tokens, or None (a table).
     """
 
     name: str
+    run: Callable[..., tuple[Tensor, ...]]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     frees: tuple[int, ...]
@@ -53,16 +74,22 @@ AttendFunction = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, bool], Te
 
 @dataclass(frozen=True)
 class Program:
-    """Steps over numbered slots.  weights: slot to tensor; slots 0 and 1 are input_ids and position_ids."""
+    """Steps over numbered slots; slots 0 and 1 are input_ids and position_ids.
+
+    weights: slot to tensor.  Segments are bound to theirs; `learnt_sinks` are those that sites read.
+    """
 
     steps: tuple[CallSegment | Attend, ...]
-    segments: Mapping[str, Callable[..., tuple[Tensor, ...]]]
     weights: Mapping[int, Tensor]
+    learnt_sinks: Mapping[int, Tensor]
     result: int
 
     @classmethod
-    def from_graph(cls, module: torch.fx.GraphModule) -> Program:
-        """The steps of a graph that `outline_segments` made."""
+    def from_graph(cls, module: torch.fx.GraphModule, segments: Mapping[str, Segment] | None = None) -> Program:
+        """The steps of a graph that `outline_segments` made.  segments: what to run for each name; None: the graph's own, eagerly."""
+        if segments is None:
+            names = {str(node.target) for node in module.graph.find_nodes(op="call_module")}
+            segments = {name: EagerSegment(_submodule(module, name)) for name in names}
         slots = {node: slot for slot, node in enumerate(module.graph.find_nodes(op="placeholder"))}
         weights: dict[int, Tensor] = {}
         steps: list[CallSegment | Attend] = []
@@ -78,9 +105,13 @@ class Program:
                 for place in range(len(parts)):
                     slots[parts[place]] = len(slots)
                 arguments: tuple[Any, ...] = node.args
+                constants = [argument for argument in arguments if argument.op == "get_attr"]  # behind the activations
+                arguments = arguments[: len(arguments) - len(constants)]
+                assert not any(argument.op == "get_attr" for argument in arguments), node
                 steps.append(
                     CallSegment(
                         name=node.target,
+                        run=segments[node.target].bind([weights[slots[constant]] for constant in constants]),
                         inputs=tuple(slots[argument] for argument in arguments),
                         outputs=tuple(slots[parts[place]] for place in range(len(parts))),
                         frees=tuple(slots[a] for a in _last_used(node, last_use)),
@@ -92,9 +123,8 @@ class Program:
                 frees = tuple(slots[a] for a in _last_used(node, last_use))
                 steps.append(Attend(site, slots[query], slots[key], slots[value], slots[sinks] if sinks else None, slots[node], frees))
         (output,) = module.graph.find_nodes(op="output")
-        names = {step.name for step in steps if isinstance(step, CallSegment)}
-        segments = {name: module.get_submodule(name).forward for name in names}
-        return cls(tuple(steps), segments, weights, slots[output.args[0]])
+        read = {step.learnt_sinks for step in steps if isinstance(step, Attend)}
+        return cls(tuple(steps), weights, {slot: weight for slot, weight in weights.items() if slot in read}, slots[output.args[0]])
 
     def run(self, input_ids: Tensor, position_ids: Tensor, attend: AttendFunction, wanted: Tensor | None) -> Tensor:
         """Logits [1, rows, vocabulary] of the tokens numbered by `wanted` [rows] (None: of all tokens).
@@ -102,7 +132,7 @@ class Program:
         input_ids, position_ids: [1, tokens] int64.  The last site is asked for the wanted rows only, and the last
         segment runs on them only: logits of 8,192 tokens over 49,152 words would be 1.6 GB.
         """
-        values: dict[int, Tensor] = dict(self.weights)
+        values: dict[int, Tensor] = dict(self.learnt_sinks)
         values[0], values[1] = input_ids, position_ids
         final_site = max((place for place, step in enumerate(self.steps) if isinstance(step, Attend)), default=-1)
         for place, step in enumerate(self.steps):
@@ -119,7 +149,7 @@ class Program:
                 for number, (slot, dim) in enumerate(zip(step.inputs, step.token_dims, strict=True)):
                     if dim is not None and slot != attended:
                         inputs[number] = inputs[number].index_select(dim, wanted)
-            for slot, out in zip(step.outputs, self.segments[step.name](*inputs), strict=True):
+            for slot, out in zip(step.outputs, step.run(*inputs), strict=True):
                 values[slot] = out
             for slot in step.frees:
                 del values[slot]
@@ -134,6 +164,12 @@ def _last_used(node: torch.fx.Node, last_use: Mapping[torch.fx.Node, torch.fx.No
 def _token_dim(node: torch.fx.Node) -> int | None:
     dims = token_dimensions(fake_value(node))
     return dims[0] if dims else None
+
+
+def _submodule(module: torch.fx.GraphModule, name: str) -> torch.fx.GraphModule:
+    segment = module.get_submodule(name)
+    assert isinstance(segment, torch.fx.GraphModule)
+    return segment
 
 
 def _attribute(module: torch.fx.GraphModule, target: str) -> Tensor:

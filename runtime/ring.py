@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.runtime.address_space import reserve
+from kvcompile.runtime.descriptor import Descriptor
+from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots
 from kvcompile.runtime.spans import Span
 from kvcompile.runtime.store import rollback_range_problem
 
@@ -25,7 +27,7 @@ class RingStore:
 
     sink_tokens: the first ones, kept for ever (0 is allowed).  recent_tokens: the window, the query's own token
     included.  rollback_tokens: how many slots more there are, so that a rollback finds what it needs.
-    dtype: what keys and values are kept in.  Raises CapacityError when the system refuses address space.
+    dtype: what keys and values are kept in.  layout: how keys lie in memory.  Raises CapacityError when the system refuses address space.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class RingStore:
         sink_tokens: int,
         recent_tokens: int,
         rollback_tokens: int = 0,
+        layout: KeyLayout = "rows",
     ) -> None:
         assert min(kv_heads, head_dim, value_dim, recent_tokens) > 0
         assert min(sink_tokens, rollback_tokens) >= 0
@@ -47,17 +50,20 @@ class RingStore:
         self.sink_tokens = sink_tokens
         self.recent_tokens = recent_tokens
         self.rollback_tokens = rollback_tokens
+        self.layout = layout
         self._window = recent_tokens + rollback_tokens
         self._slots = sink_tokens + self._window
         self._tokens = 0
         # The largest `tokens` since which nothing was forgotten: position p >= sink_tokens still has its slot exactly
         # when p >= _high - _window.  A rollback does not lower it once the ring has wrapped.
         self._high = 0
-        key_bytes, value_bytes = (_aligned(self._slots * dim * dtype.itemsize) for dim in (head_dim, value_dim))
+        key_bytes = _aligned(key_capacity(layout, self._slots) * head_dim * dtype.itemsize)
+        value_bytes = _aligned(self._slots * value_dim * dtype.itemsize)
         region = reserve(kv_heads * (key_bytes + value_bytes))
         keys, values = (part.view(dtype) for part in region.split_with_sizes([kv_heads * key_bytes, kv_heads * value_bytes]))
-        self._key_HCD = keys.view(kv_heads, -1)[:, : self._slots * head_dim].unflatten(1, (self._slots, head_dim))
+        self._keys = key_slots(layout, keys.view(kv_heads, -1), head_dim, self._slots)
         self._value_HCE = values.view(kv_heads, -1)[:, : self._slots * value_dim].unflatten(1, (self._slots, value_dim))
+        self._descriptor = Descriptor.ring(keys.data_ptr(), values.data_ptr(), key_bytes, value_bytes, sink_tokens, self._window)
 
     @property
     def tokens(self) -> int:
@@ -89,6 +95,15 @@ class RingStore:
         skip = max(0, self.sink_tokens - first)  # new tokens that are sinks
         chunk = Span(first + skip, key_HSD[:, skip:], value_HSE[:, skip:])
         return self._views(0, self.sink_tokens) + before + (chunk,)
+
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` more tokens, which the caller writes: where, `descriptor()` says."""
+        self._tokens += tokens
+        self._high = max(self._high, self._tokens)
+
+    def descriptor(self) -> int:
+        """Address of the words that tell the kernels where each position lies; good as long as the store lives."""
+        return self._descriptor.address
 
     def can_rollback(self, tokens: int) -> Problem | None:
         """Possible when everything that the next query would see is still held.
@@ -124,10 +139,17 @@ class RingStore:
     def fork(self) -> RingStore:
         """A store with a copy of the slots in use."""
         child = RingStore(
-            self.kv_heads, self.head_dim, self.value_dim, self.dtype, self.sink_tokens, self.recent_tokens, self.rollback_tokens
+            self.kv_heads,
+            self.head_dim,
+            self.value_dim,
+            self.dtype,
+            self.sink_tokens,
+            self.recent_tokens,
+            self.rollback_tokens,
+            self.layout,
         )
         used = min(self._high, self._slots)
-        child._key_HCD[:, :used].copy_(self._key_HCD[:, :used])
+        child._keys.write(0, self._keys.read(0, used))
         child._value_HCE[:, :used].copy_(self._value_HCE[:, :used])
         child._tokens, child._high = self._tokens, self._high
         return child
@@ -144,16 +166,15 @@ class RingStore:
         What is counted comes first: an interrupt between two copies leaves a ring that knows what it may have lost.
         """
         end = first + key_HSD.shape[1]
-        self._high = max(self._high, end)
-        self._tokens = end
+        self.advance(key_HSD.shape[1])
         for lo, hi in ((first, min(end, self.sink_tokens)), (max(first, self.sink_tokens, end - self._window), end)):
             for slot, at, count in self._runs(lo, hi):
-                self._key_HCD.narrow(1, slot, count).copy_(key_HSD.narrow(1, at - first, count))
+                self._keys.write(slot, key_HSD.narrow(1, at - first, count))
                 self._value_HCE.narrow(1, slot, count).copy_(value_HSE.narrow(1, at - first, count))
 
     def _views(self, first: int, end: int) -> tuple[Span, ...]:
         return tuple(
-            Span(at, self._key_HCD.narrow(1, slot, count), self._value_HCE.narrow(1, slot, count))
+            Span(at, self._keys.read(slot, count), self._value_HCE.narrow(1, slot, count))
             for slot, at, count in self._runs(first, end)
         )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.runtime.native import NativeTable
 from kvcompile.runtime.store import KVStore
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Session:
         self.model = model
         self.tokens = tokens
         self._stores = stores
+        self.native = NativeTable(model.plan, model.kernels, stores)
         self._broken: str | None = None
 
     def __len__(self) -> int:

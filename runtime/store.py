@@ -27,6 +27,14 @@ class KVStore(Protocol):
         key the S new queries may see, themselves included.  The spans are valid until the store changes again."""
         ...
 
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` more tokens, which a kernel writes: where, `descriptor()` says.  Raises CapacityError, counting none."""
+        ...
+
+    def descriptor(self) -> int:
+        """Address of the words that tell kernels where each position lies (runtime/descriptor.py)."""
+        ...
+
     def can_rollback(self, tokens: int) -> Problem | None:
         """What stands against taking back the last `tokens` tokens; None if nothing does.  Changes nothing."""
         ...

@@ -11,12 +11,28 @@ import pytest
 # before torch loads OpenMP: threads that wait by spinning make toy models 100 times slower when another process is busy
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# `make test-triton` runs these: they need Triton, and each a process of its own
+collect_ignore = ["on_triton/test_interpreted.py", "on_triton/test_compiled.py"]
+
 EXPECTED = Path(__file__).with_name("expected_skips.txt")
 _skipped: dict[str, str] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden texts anew instead of comparing with them")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, but for what a compiler made: that is the same for all tests of a run, and takes seconds."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for kind in ("launcher", "kernels", "segments"):
+        shared = tmp_path_factory.getbasetemp() / "binaries" / kind
+        shared.mkdir(parents=True, exist_ok=True)
+        (folder / kind).symlink_to(shared)
+    monkeypatch.setenv("KVCOMPILE_CACHE_DIR", str(folder))
+    return folder
 
 
 def expected_skips() -> dict[str, str]:

@@ -22,15 +22,10 @@ from kvcompile.passes import huggingface
 from kvcompile.runtime.model import PackedCall
 from kvcompile.runtime.program import Program
 
-pytestmark = pytest.mark.slow  # every test traces and verifies a model
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]  # every test traces and verifies a model
 
-SPEC = {"kvcompile": 1, "verify": {"tokens": 32}}
+SPEC = {"kvcompile": 1, "verify": {"tokens": 32}, "target": {"segments": "eager"}}
 SHORT = {"short": {"zones": [{"sink_recent": {"sink_tokens": 4, "recent_tokens": 12}}]}}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -108,7 +103,7 @@ def test_overrides_win(tmp_path):
 def test_threads_are_set():
     before = torch.get_num_threads()
     try:
-        kvcompile.compile(toys.gated(inner=(16,)), spec={**SPEC, "target": {"threads": 1}})
+        kvcompile.compile(toys.gated(inner=(16,)), spec={**SPEC, "target": {"threads": 1, "segments": "eager"}})
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

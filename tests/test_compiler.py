@@ -15,7 +15,7 @@ from kvcompile.compiler import make_plan
 from kvcompile.ir.errors import SpecError
 from kvcompile.spec import load_spec
 
-SPEC = {"kvcompile": 1, "verify": {"tokens": 16}}
+SPEC = {"kvcompile": 1, "verify": {"tokens": 16}, "target": {"segments": "eager"}}
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def threads():
 
 def test_a_number_of_threads_does_not_leak_into_later_compiles(threads):
     for number in (threads + 1, threads + 2):
-        kvcompile.compile(toys.gated(inner=(16,)), spec={**SPEC, "target": {"threads": number}})
+        kvcompile.compile(toys.gated(inner=(16,)), spec={**SPEC, "target": {"threads": number, "segments": "eager"}})
         assert torch.get_num_threads() == number
-    kvcompile.compile(toys.gated(inner=(16,)), spec={**SPEC, "target": {"threads": "auto"}})
+    kvcompile.compile(toys.gated(inner=(16,)), spec={**SPEC, "target": {"threads": "auto", "segments": "eager"}})
     assert torch.get_num_threads() == threads
 
 

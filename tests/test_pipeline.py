@@ -79,7 +79,7 @@ def test_a_dump_holds_what_is_known_after_every_pass_and_every_graph_that_change
         assert (tmp_path / "dump" / f"{stem}.diff").read_text() == difference(before, after) + "\n"
     pictures = {path.stem for path in (tmp_path / "dump").glob("*.svg")}
     assert pictures == {path.stem for path in (tmp_path / "dump").glob("*.graphml")}
-    assert pictures == {"00-trace", "01-canonicalise_attention", "08-outline_segments"}
+    assert pictures == {"00-trace", "01-canonicalise_attention", "08-group_linears", "09-outline_segments"}
     for stem in pictures:
         assert nx.read_graphml(tmp_path / "dump" / f"{stem}.graphml").number_of_nodes()
         ElementTree.parse(tmp_path / "dump" / f"{stem}.svg")
@@ -89,7 +89,7 @@ def test_compile_and_run_passes_dump_too(tmp_path):
     run_passes({"kvcompile": 1}, module=toys.gated(inner=(16,)), stop_after="check_token_wise", dump=tmp_path / "a")
     assert (tmp_path / "a" / "03-check_token_wise.txt").exists()
     assert not (tmp_path / "a" / "04-assign_policies.txt").exists()
-    kvcompile.compile(toys.gated(inner=(16,)), spec={"kvcompile": 1, "verify": {"tokens": 16}}, dump=str(tmp_path / "b"))
+    kvcompile.compile(toys.gated(inner=(16,)), spec={"kvcompile": 1, "verify": {"tokens": 16}, "target": {"segments": "eager"}}, dump=str(tmp_path / "b"))
     assert (tmp_path / "b" / f"{len(NAMES):02d}-outline_segments.svg").exists()
 
 
@@ -98,7 +98,7 @@ def test_run_passes_tells_graph_plan_sources_and_time():
     assert (early.plan, early.sources) == (None, {})
     assert "kvc.attend.default" in early.text
     late = run_passes({"kvcompile": 1}, module=toys.gated(inner=(16,)))
-    assert late.plan is not None and sorted(late.sources) == ["segment_0", "segment_1"]
+    assert late.plan is not None and [name.partition("_")[0] for name in late.sources] == ["attend", "linears", "segment", "segment"]
     assert set(late.timings) == {"trace", *NAMES}
 
 

@@ -201,8 +201,8 @@ def cache(
         voice.say(f"freed {format_bytes(freed)}")
     used = [datetime.fromtimestamp(entry.used_at).isoformat(" ", "minutes") for entry in found]
     if found:
-        rows = tuple((entry.key, format_bytes(entry.bytes), when) for entry, when in zip(found, used, strict=True))
-        voice.table(Table(("entry", "size", "used last"), rows, right=frozenset({1})))
+        rows = tuple((entry.kind, entry.key, format_bytes(entry.bytes), when) for entry, when in zip(found, used, strict=True))
+        voice.table(Table(("kind", "entry", "size", "used last"), rows, right=frozenset({2})))
     voice.say(f"{kept.root()}: {format_bytes(kept.size())} of at most {format_bytes(kept.limit_bytes())}")
     voice.finish(
         {
@@ -210,7 +210,10 @@ def cache(
             "bytes": kept.size(),
             "limit_bytes": kept.limit_bytes(),
             "freed_bytes": freed,
-            "entries": [{"key": entry.key, "bytes": entry.bytes, "used": when} for entry, when in zip(found, used, strict=True)],
+            "entries": [
+                {"kind": entry.kind, "key": entry.key, "bytes": entry.bytes, "used": when}
+                for entry, when in zip(found, used, strict=True)
+            ],
         }
     )
 

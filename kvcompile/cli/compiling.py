@@ -80,7 +80,7 @@ def _run_passes(job: Job, output: Output) -> None:
         output.table(_timing_table(result.timings))
     elif job.show is Show.SOURCE:
         for name, source in result.sources.items():
-            output.say(f"# {name}\n{source.rstrip()}\n")
+            output.say(f"{'//' if name.endswith('.cpp') else '#'} {name}\n{source.rstrip()}\n")
     else:
         output.say(result.text)
     for warning in result.warnings:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from kvcompile import __version__
+from kvcompile.ir.errors import KvcompileError
 from kvcompile.models import cache
 from kvcompile.report import format_bytes
 
@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
         "cores": _cores(),
         **_torch_facts(),
         "memory": _memory(),
-        "compiler": _compiler(),
+        **_kernels(),
         "cache": f"{cache.root()} ({format_bytes(cache.size())})",
     }
     return facts
@@ -79,12 +79,19 @@ def _memory() -> str:
         return "unknown"
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        path = shutil.which(name) if name else None
-        if path:
-            return f"{path} ({_output([path, '--version']).partition(chr(10))[0]})"
-    return "none"
+def _kernels() -> dict[str, str]:
+    """The compiler of the C++ kernels and what they are built for; codegen imports torch, which may be missing."""
+    try:
+        from kvcompile.codegen.toolchain import find_toolchain, machine_isa, why_none
+    except ImportError:
+        return {"compiler": "none looked for: torch is not installed"}
+    try:
+        found = find_toolchain()
+    except KvcompileError as error:
+        return {"compiler": f"none: {error}"}
+    if found is None:
+        return {"compiler": f"none: {why_none()}", "kernels": "torch"}
+    return {"compiler": f"{found.command} ({found.version})", "kernels": f"C++, {machine_isa()}"}
 
 
 def _output(command: list[str]) -> str:

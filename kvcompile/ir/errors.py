@@ -61,6 +61,10 @@ class TargetError(KvcompileError):
     """The target device is missing, or something it needs is."""
 
 
+class BuildError(KvcompileError):
+    """The C++ compiler refused a source or took too long; `where` is the folder in which the sources are kept."""
+
+
 class SessionError(KvcompileError, ValueError):
     """A session was asked for what it cannot do (a rollback beyond its promise, an empty prompt, a broken session)."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,8 @@ class KernelRequest:
     """A kernel that attends over spans of keys and values.
 
     No layer names, no pointers, no token counts: `key` is the same for equal layers and on every run.
+    dtype:         of query, new keys and values, and result.  compute_dtype: of logits, weights and sums.
+    store_dtype:   what keys and values are kept in.
     sink_tokens, recent_tokens: the visible set (ir/policy.py); recent_tokens None means every earlier token.
     """
 
@@ -21,6 +23,7 @@ class KernelRequest:
     head_dim: int
     value_dim: int
     queries_per_kv: int
+    dtype: str
     compute_dtype: str
     store_dtype: str
     scale: float
@@ -32,4 +35,26 @@ class KernelRequest:
     @property
     def key(self) -> str:
         """Content hash, 16 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return _content_hash(self)
+
+
+@dataclass(frozen=True)
+class LinearRequest:
+    """A kernel for linear layers of at most `max_tokens` tokens: weights [out, in] of `dtype`, any sizes."""
+
+    kind: Literal["linears"]
+    device: str
+    dtype: str
+    max_tokens: int
+
+    @property
+    def key(self) -> str:
+        """Content hash, 16 hexadecimal digits."""
+        return _content_hash(self)
+
+
+Request: TypeAlias = KernelRequest | LinearRequest
+
+
+def _content_hash(request: Request) -> str:
+    return hashlib.sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()[:16]

@@ -56,12 +56,20 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Target:
-    """`target:`.  threads None: as many as torch chooses.  memory_bytes None: no limit declared."""
+    """`target:`.  threads None: as many as torch chooses.  memory_bytes None: no limit declared.
+
+    isa:      instructions that the C++ kernels are built for; None: the best that the processor has.
+    kernels:  "generated", or "torch": attention and linear layers run in torch, as where there is no compiler.
+    segments: "compiled" by AOTInductor, or "eager": torch runs them node by node.
+    """
 
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
     memory_bytes: int | None = None
     deterministic: bool = False
+    isa: Literal["avx512", "avx2", "portable"] | None = None
+    kernels: Literal["generated", "torch"] = "generated"
+    segments: Literal["compiled", "eager"] = "compiled"
     where: str = "target"
 
 

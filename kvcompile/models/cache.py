@@ -1,8 +1,10 @@
-"""What is made once and kept on disk: converted models, and small JSON records.
+"""What is made once and kept on disk: converted models, compiled code, and small JSON records.
 
     $KVCOMPILE_CACHE_DIR (default ~/.cache/kvcompile)
       models/KEY/       a folder entry: files, and manifest.json that says what they must be
+      kernels/KEY/  segments/KEY/  launcher/KEY/    folder entries too
       <kind>/KEY.json   a record
+      failed/KEY/       sources that the compiler refused, for who reads the error; the newest MOST_FAILED
       locks/  tmp/      one lock file an entry; entries that are being made
 
 Rules:
@@ -23,6 +25,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,15 +40,19 @@ DEFAULT_LIMIT = 20 * 1024**3
 SAMPLED_BYTES = 4 * 1024**2
 BLOCK_BYTES = 64 * 1024
 MOST_RECORDS = 2000  # of one kind; a record is about 1 KB
+MOST_FAILED = 20
 MODELS = "models"
+# The kinds of folder entries.  A closed list: `clear` removes whole folders, and KVCOMPILE_CACHE_DIR may name one that others use.
+KINDS = (MODELS, "kernels", "segments", "launcher")
 _MANIFEST = "manifest.json"
 _UNITS = {"": 1, "b": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3, "tib": 1024**4}
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A folder entry.  used_at: seconds since the epoch when it was used last."""
+    """A folder entry.  kind: one of KINDS; used_at: seconds since the epoch when it was used last."""
 
+    kind: str
     key: str
     path: Path
     bytes: int
@@ -76,15 +83,17 @@ def limit_bytes() -> int:
 
 
 @contextmanager
-def use(key: str, build: Callable[[Path], None], *, what: str, progress: Progress = silent) -> Iterator[Path]:
+def use(key: str, build: Callable[[Path], None], *, what: str, kind: str = MODELS, progress: Progress = silent) -> Iterator[Path]:
     """The folder of entry `key`, kept in place while the context lasts; `build(folder)` fills an empty folder if it is not there.
 
-    what: the entry in words, for progress lines ("the converted copy of SmolLM2.gguf").
+    what: the entry in words, for progress lines ("the converted copy of SmolLM2.gguf"); kind: one of KINDS.
     Raises KvcompileError where the cache folder cannot be written.
     """
-    place = _place(MODELS, key)
+    assert kind in KINDS, f"not a kind of folder entry: {kind!r}"
+    place = _place(kind, key)
+    name = _name(kind, key)
     try:
-        lock = _open_lock(key)
+        lock = _open_lock(name)
     except OSError as error:
         if find_fault(place) is not None:
             raise _unwritable(error) from error
@@ -100,8 +109,8 @@ def use(key: str, build: Callable[[Path], None], *, what: str, progress: Progres
             if fault is not None:
                 if place.exists():
                     progress(f"{what} is broken ({fault}); making it again")
-                _make(key, place, build)
-                _keep_below_limit(keep=key, progress=progress)
+                _make(name, place, build)
+                _keep_below_limit(keep=name, progress=progress)
         with suppress(OSError):
             os.utime(place)
         yield place
@@ -109,9 +118,9 @@ def use(key: str, build: Callable[[Path], None], *, what: str, progress: Progres
         os.close(lock)
 
 
-def has(key: str) -> bool:
+def has(key: str, kind: str = MODELS) -> bool:
     """Whether a whole entry is there; the next `use` need not make it."""
-    return find_fault(_place(MODELS, key)) is None
+    return find_fault(_place(kind, key)) is None
 
 
 def find_fault(folder: Path) -> str | None:
@@ -136,11 +145,12 @@ def find_fault(folder: Path) -> str | None:
 
 
 def entries() -> list[CacheEntry]:
-    """All folder entries, the one used last first."""
+    """All folder entries of every kind, the one used last first."""
     found = []
-    for path in _listed(root() / MODELS):
-        with suppress(OSError):  # removed by another process meanwhile
-            found.append(CacheEntry(path.name, path, _folder_bytes(path), path.stat().st_mtime))
+    for kind in KINDS:
+        for path in _listed(root() / kind):
+            with suppress(OSError):  # removed by another process meanwhile
+                found.append(CacheEntry(kind, path.name, path, _folder_bytes(path), path.stat().st_mtime))
     return sorted(found, key=lambda entry: -entry.used_at)
 
 
@@ -150,20 +160,32 @@ def size() -> int:
 
 
 def clear() -> int:
-    """Removes every entry and record that no process is using; the bytes that this freed."""
+    """Removes every entry and record that no process is using, and what failed; the bytes that this freed."""
     before = size()
     with _writable():
-        for path in _listed(root() / MODELS):
-            _remove(path.name)
+        for entry in entries():
+            _remove(entry.kind, entry.key)
         for kind in _listed(root()):
-            if kind.name not in {MODELS, "locks", "tmp"}:
+            if kind.name not in {*KINDS, "failed", "locks", "tmp"}:
                 for record_file in kind.glob("*.json"):
                     record_file.unlink(missing_ok=True)
+        for path in _listed(root() / "failed"):
+            shutil.rmtree(path, ignore_errors=True)
         for path in _listed(root() / "tmp"):
             with _alone(path.name.rsplit("--", 1)[0]) as got:
                 if got:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _discard(path)
     return before - size()
+
+
+def failed(key: str) -> Path:
+    """Where the sources of an entry that could not be made are kept; not made here.  Removes the oldest beyond MOST_FAILED."""
+    place = _place("failed", key)
+    with suppress(OSError):
+        kept = sorted((path for path in _listed(place.parent) if path != place), key=lambda path: path.stat().st_mtime)
+        for path in kept[: max(0, len(kept) + 1 - MOST_FAILED)]:
+            shutil.rmtree(path, ignore_errors=True)
+    return place
 
 
 
@@ -212,6 +234,11 @@ def _place(kind: str, key: str) -> Path:
     return root() / kind / key
 
 
+def _name(kind: str, key: str) -> str:
+    """The name of an entry's lock and of its folders in tmp/: one that no other kind and key have, for neither holds a "+"."""
+    return key if kind == MODELS else f"{kind}+{key}"  # models had no kind in 0.1, whose processes may be running
+
+
 @contextmanager
 def _writable() -> Iterator[None]:
     """Turns an OSError of the cache folder into a message that says what to do."""
@@ -229,16 +256,16 @@ def _unwritable(error: OSError) -> KvcompileError:
     )
 
 
-def _open_lock(key: str) -> int:
-    path = root() / "locks" / f"{key}.lock"
+def _open_lock(name: str) -> int:
+    path = root() / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 @contextmanager
-def _alone(key: str) -> Iterator[bool]:
-    """Whether this process now has entry `key` to itself; it never waits."""
-    lock = _open_lock(key)
+def _alone(name: str) -> Iterator[bool]:
+    """Whether this process now has the entry of that `_name` to itself; it never waits."""
+    lock = _open_lock(name)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -250,14 +277,15 @@ def _alone(key: str) -> Iterator[bool]:
         os.close(lock)
 
 
-def _make(key: str, place: Path, build: Callable[[Path], None]) -> None:
-    """Makes an entry; the caller holds its lock alone, so what is in tmp/ for this key was left by a process that died."""
+def _make(name: str, place: Path, build: Callable[[Path], None]) -> None:
+    """Makes an entry; the caller holds its lock alone, so what is in tmp/ for it was left by a process that died."""
     with _writable():
         waiting = root() / "tmp"
         waiting.mkdir(parents=True, exist_ok=True)
-        for left in waiting.glob(f"{key}--*"):
-            shutil.rmtree(left, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{key}--", dir=waiting))
+        for left in _listed(waiting):
+            if left.name.rsplit("--", 1)[0] == name:
+                _discard(left)
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}--", dir=waiting))
     try:
         build(folder)
         with _writable():
@@ -282,20 +310,29 @@ def _keep_below_limit(keep: str, progress: Progress) -> None:
     for entry in reversed(found):
         if total <= limit:
             return
-        if entry.key != keep and _remove(entry.key):
+        if _name(entry.kind, entry.key) != keep and _remove(entry.kind, entry.key):
             progress(f"the cache is above its limit; removed {entry.key}, used least recently")
             total -= entry.bytes
 
 
-def _remove(key: str) -> bool:
+def _discard(left: Path) -> None:
+    """Removes what a dead process left in tmp/; a compiler that it had started may write there for some ms more."""
+    for _ in range(20):
+        shutil.rmtree(left, ignore_errors=True)
+        if not left.exists():
+            return
+        time.sleep(0.05)
+
+
+def _remove(kind: str, key: str) -> bool:
     """Removes an entry unless a process is using it."""
-    place = _place(MODELS, key)
-    with _alone(key) as got:
+    place, name = _place(kind, key), _name(kind, key)
+    with _alone(name) as got:
         if not got:
             return False
         waiting = root() / "tmp"
         waiting.mkdir(parents=True, exist_ok=True)
-        doomed = Path(tempfile.mkdtemp(prefix=f"{key}--", dir=waiting))
+        doomed = Path(tempfile.mkdtemp(prefix=f"{name}--", dir=waiting))
         with suppress(FileNotFoundError):
             os.replace(place, doomed)  # first out of sight, so that nobody sees half of it
         shutil.rmtree(doomed, ignore_errors=True)

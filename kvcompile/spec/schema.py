@@ -255,6 +255,13 @@ class TargetForm(Form):
         default=None, description="a size such as 256MiB, 4GiB or 4GB", examples=["4GiB", "256MiB"]
     )
     deterministic: bool = Field(default=False, description="true or false", examples=[True, False])
+    isa: Literal["auto", "avx512", "avx2", "portable"] = Field(
+        default="auto", description="one of auto, avx512, avx2, portable", examples=["auto", "avx2"]
+    )
+    kernels: Literal["generated", "torch"] = Field(
+        default="generated", description="one of generated, torch", examples=["generated", "torch"]
+    )
+    segments: Literal["compiled", "eager"] = Field(default="compiled", description="one of compiled, eager", examples=["compiled", "eager"])
 
 
 class SharedForm(Form):
@@ -293,7 +300,9 @@ class SpecForm(Form):
     kvcompile: Annotated[Literal[1], BeforeValidator(_same_type)] = Field(description="1, the version of this schema", examples=[1])
     model: ModelForm | None = Field(default=None, description="a mapping of path, dtype", examples=["{path: folder-of-the-model}"])
     target: TargetForm = Field(
-        default_factory=TargetForm, description="a mapping of device, threads, memory, deterministic", examples=["{device: cpu}"]
+        default_factory=TargetForm,
+        description="a mapping of device, threads, memory, deterministic, isa, kernels, segments",
+        examples=["{device: cpu}"],
     )
     policies: dict[str, PolicyForm] = Field(default={}, description="a mapping of names to policies", examples=["{mine: {zones: [all]}}"])
     heads: Annotated[list[RuleForm], Field(min_length=1)] | None = Field(

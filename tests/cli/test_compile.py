@@ -36,6 +36,7 @@ policies:
 heads:
   - {policy: near, layers: 0, kv_heads: 1}
 verify: {tokens: 32}
+target: {segments: eager}
 """
 PATTERN = """kvcompile_pattern: 1
 model: tiny
@@ -49,8 +50,7 @@ scores:
 
 
 @pytest.fixture(autouse=True)
-def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KVCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
+def spec(tmp_path: Path, own_cache: Path) -> Path:
     (tmp_path / "kvc_tiny_bytes.py").write_text(MODEL)
     path = tmp_path / "tiny.yaml"
     path.write_text(SPEC)
@@ -145,8 +145,11 @@ def test_the_plan_alone_is_the_same_plan(capsys: pytest.CaptureFixture[str], spe
 def test_show_graph_source_and_timing(capsys: pytest.CaptureFixture[str], spec: Path) -> None:
     assert "attend" in answer(capsys, spec, "--show", "graph", "--stop-after", "request_kernels")[1]
     source = answer(capsys, spec, "--show", "source")[1]
-    compile(source, "source", "exec")
-    assert "def " in source
+    kernels, _, segments = source.partition("# segment_0\n")
+    assert kernels.startswith("// attend_spans_")
+    assert kernels.count('#include "rows.h"') == 3  # two policies, and the linear layers
+    compile(segments, "source", "exec")
+    assert "def " in segments
     timing = answer(capsys, spec, "--show", "timing")[1]
     assert timing.splitlines()[0].split() == ["stage", "seconds"]
     assert "trace" in timing

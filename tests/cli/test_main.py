@@ -186,6 +186,7 @@ def test_cache_shows_and_clears(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert str(tmp_path / "cache") in out
     [entry] = json.loads(answer(capsys, "cache", "--json")[1])["entries"]
     assert entry["key"] == "entry-1"
+    assert entry["kind"] == "models"
     assert entry["bytes"] > 5000
     assert json.loads(answer(capsys, "cache", "--clear", "--json")[1])["entries"] == []
     assert cache.entries() == []

@@ -252,3 +252,62 @@ def test_no_file_of_the_cache_can_be_executed_or_written_by_others(cache_root: P
     make("one", Maker())
     for path in cache_root.rglob("*.json"):
         assert not path.stat().st_mode & (stat.S_IXUSR | stat.S_IWOTH), path
+
+
+def test_entries_of_other_kinds_are_kept_beside_models(cache_root: Path) -> None:
+    makers = {kind: Maker(1000) for kind in cache.KINDS}
+    for _ in range(2):
+        for kind, maker in makers.items():
+            with cache.use("one", maker, what="it", kind=kind) as folder:
+                assert folder == cache_root / kind / "one"
+    assert [maker.calls for maker in makers.values()] == [1, 1, 1, 1]
+    assert {(entry.kind, entry.key) for entry in cache.entries()} == {(kind, "one") for kind in cache.KINDS}
+    assert cache.has("one", kind="kernels")
+    assert not cache.has("two", kind="kernels")
+    assert cache.clear() >= 4000
+    assert cache.entries() == []
+    assert cache.size() == 0
+
+
+def test_a_key_is_locked_in_its_own_kind_only(cache_root: Path) -> None:
+    with cache.use("one", Maker(), what="it", kind="kernels"):
+        make("one", Maker())
+        cache.clear()
+    assert [(entry.kind, entry.key) for entry in cache.entries()] == [("kernels", "one")]
+
+
+def test_the_limit_holds_for_all_kinds_together(cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for age, kind in enumerate(["models", "segments", "kernels"]):
+        with cache.use("old", Maker(10_000), what="it", kind=kind) as folder:
+            pass
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    monkeypatch.setenv("KVCOMPILE_CACHE_LIMIT", "32KiB")
+    make("another", Maker(10_000))
+    assert {(entry.kind, entry.key) for entry in cache.entries()} == {("models", "old"), ("segments", "old"), ("models", "another")}
+
+
+def test_only_what_a_dead_process_left_of_this_entry_is_removed(cache_root: Path) -> None:
+    for name in ("one--aaaaaaaa", "one--two--aaaaaaaa", "kernels+one--aaaaaaaa", "kernels+one--bbbbbbbb.old"):
+        (cache_root / "tmp" / name).mkdir(parents=True)
+    with cache.use("one", Maker(), what="it", kind="kernels"):
+        pass
+    assert {path.name for path in (cache_root / "tmp").iterdir()} == {"one--aaaaaaaa", "one--two--aaaaaaaa"}
+
+
+def test_folders_of_failed_sources_are_bounded_and_cleared(cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MOST_FAILED", 3)
+    for number in range(5):
+        folder = cache.failed(f"f{number}")
+        folder.mkdir(parents=True)
+        (folder / "a.cpp").write_text("1")
+        os.utime(folder, (1e9 + number, 1e9 + number))
+    assert [path.name for path in sorted((cache_root / "failed").iterdir())] == ["f2", "f3", "f4"]
+    assert cache.failed("f2").is_dir(), "the one that is asked for stays"
+    cache.clear()
+    assert list((cache_root / "failed").iterdir()) == []
+
+
+def test_folders_of_others_in_the_cache_folder_are_left_alone(cache_root: Path) -> None:
+    (cache_root / "theirs" / "folder").mkdir(parents=True)
+    cache.clear()
+    assert (cache_root / "theirs" / "folder").is_dir()

@@ -229,6 +229,6 @@ def test_an_interrupted_copy_appends_nothing_and_its_memory_is_given_back(monkey
             append(store, 50)
     assert store.tokens == 3
     assert all(torch.equal(one, two) for one, two in zip(contents(store), held, strict=True))
-    assert store._parts[0].buffer.written == 53
+    assert store._parts[0].buffer.written == 3  # taken back at once
     store.rollback(1)
     assert store._parts[0].buffer.written == 2

@@ -71,7 +71,7 @@ def test_a_step_beyond_the_ring_reads_it_in_place(dtype):
     key, value = text(100)
     store = ring(dtype=dtype)
     feed(store, key, value, 16, 16)
-    start, end = store._key_HCD.data_ptr(), store._key_HCD.data_ptr() + store._key_HCD.stride(0) * HEADS * dtype.itemsize
+    start, end = store._keys.read(0, store._slots).data_ptr(), store._keys.read(0, store._slots).data_ptr() + store._keys.read(0, store._slots).stride(0) * HEADS * dtype.itemsize
     shapes = set()
     for p in range(16, 60):
         spans = store.extend(key[:, p : p + 1], value[:, p : p + 1])
@@ -88,8 +88,8 @@ def test_a_short_chunk_within_the_rollback_slack_reads_in_place_too():
     feed(store, key, value, 40, 40)
     spans = store.extend(key[:, 40:45], value[:, 40:45])
     check_spans(store, spans, key, value, 40, 45)
-    start = store._key_HCD.data_ptr()
-    assert all(span.key_HTD.data_ptr() < start + store._key_HCD.stride(0) * HEADS * 4 for span in spans)
+    start = store._keys.read(0, store._slots).data_ptr()
+    assert all(span.key_HTD.data_ptr() < start + store._keys.read(0, store._slots).stride(0) * HEADS * 4 for span in spans)
 
 
 @pytest.mark.parametrize("rollback", [0, 5])
@@ -145,7 +145,7 @@ def test_a_rollback_beyond_the_promise_is_refused_and_changes_nothing():
     key, value = text(120)
     store = ring(rollback=2)
     feed(store, key, value, 100, 9)
-    before = store._key_HCD.clone()
+    before = store._keys.read(0, store._slots).clone()
     with pytest.raises(SessionError) as error:
         store.rollback(10)
     assert str(error.value) == (
@@ -157,7 +157,7 @@ def test_a_rollback_beyond_the_promise_is_refused_and_changes_nothing():
     assert store.can_rollback(4) is not None
     assert store.can_rollback(3) is None
     assert store.tokens == 100
-    assert torch.equal(store._key_HCD, before)
+    assert torch.equal(store._keys.read(0, store._slots), before)
     feed(store, key, value, 120, 1)
 
 

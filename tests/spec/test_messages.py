@@ -47,7 +47,7 @@ SINK = "policies: {mine: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 
         ),
         ("target: {memory: 4G}", 's.yaml:2: target.memory: "4G" is not allowed: a size such as 256MiB, 4GiB or 4GB.'),
         ("target: {deterministic: yes}", 's.yaml:2: target.deterministic: "yes" is not allowed: true or false.'),
-        ("target: 3", "s.yaml:2: target: 3 is not allowed: a mapping of device, threads, memory, deterministic."),
+        ("target: 3", "s.yaml:2: target: 3 is not allowed: a mapping of device, threads, memory, deterministic, isa, kernels, segments."),
         ("seed: -1", "s.yaml:2: seed: -1 is not allowed: a whole number from 0.\n  Write for example seed: 0."),
         ('seed: "12"', 's.yaml:2: seed: "12" is not allowed: a whole number from 0.'),
         ("seed: 1.0", "s.yaml:2: seed: 1.0 is not allowed: a whole number from 0."),

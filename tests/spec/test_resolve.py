@@ -35,7 +35,7 @@ def test_a_full_spec_becomes_plain_dataclasses(folder):
         folder,
         """kvcompile: 1
 model: {path: model, dtype: bfloat16}
-target: {device: cuda, threads: 4, memory: 4GiB, deterministic: true}
+target: {device: cuda, threads: 4, memory: 4GiB, deterministic: true, isa: avx2, kernels: torch, segments: eager}
 policies:
   mine:
     zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 1k}}]
@@ -58,7 +58,7 @@ seed: 7
     assert spec.model is not None
     assert (spec.model.path, spec.model.dtype, spec.model.folder) == ("model", "bfloat16", str(folder))
     assert spec.model.where == f"{file}:2: model.path"
-    assert spec.target == Target("cuda", 4, 4 << 30, True, f"{file}:3: target")
+    assert spec.target == Target("cuda", 4, 4 << 30, True, "avx2", "torch", "eager", f"{file}:3: target")
     assert spec.policies["mine"] == HeadPolicy("mine", (SinkRecent(4, 1024),), store=Store("float16"), rollback_tokens=8)
     assert [rule.policy for rule in spec.heads] == ["full", "mine", "streaming"]
     assert spec.heads[1].share == 0.75

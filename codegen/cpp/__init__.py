@@ -1,0 +1,1 @@
+"""C++ kernels: what a request becomes as text.  kvcompile/link.py has it built and loaded."""

@@ -1,0 +1,533 @@
+// The operators that a compiled model calls, on torch's stable ABI: one build serves every torch from 2.11 on.
+//
+//   kvc_native::load(path)       makes the kernels of a shared object known by their content hash
+//   kvc_native::attend(...)      appends new tokens to the stores of one site and attends over them, for all sessions of a call
+//   kvc_native::linears(...)     linear layers of one input; few tokens go to a generated kernel, many to torch
+//
+// Kernels run on torch's own threads.  Which thread does what never changes a result: a chunk of keys has one state, and the
+// states of a row are merged in the order of their positions.
+#include <dlfcn.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "kernel.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t kInlineTokens = 512;  // so little work is done at once by the calling thread
+
+std::mutex loading;
+std::unordered_map<uint64_t, const KvcAttendKernel *> attend_kernels;
+std::unordered_map<uint64_t, const KvcLinearKernel *> linear_kernels;
+
+// Loads a shared object of generated kernels; returns how many it holds.  Loading it again changes nothing.
+int64_t load(std::string path) {
+  const std::lock_guard<std::mutex> lock(loading);
+  void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  STD_TORCH_CHECK(library, "cannot load ", path, ": ", dlerror());
+  using List = const KvcKernels *(*)();
+  const List list = (List)dlsym(library, "kvc_kernels");
+  STD_TORCH_CHECK(list, path, " holds no kernels of kvcompile");
+  const KvcKernels *kernels = list();
+  STD_TORCH_CHECK(kernels->version == kKernelVersion, path, " was made for another version of the launcher");
+  for (int64_t i = 0; i < kernels->attends; i++) attend_kernels.insert({kernels->attend[i]->key, kernels->attend[i]});
+  for (int64_t i = 0; i < kernels->linears; i++) linear_kernels.insert({kernels->linear[i]->key, kernels->linear[i]});
+  return kernels->attends + kernels->linears;
+}
+
+// Stores are described by int64 words, which runtime/descriptor.py writes:
+//   growing   0, parts, and of each part: key, value, bytes from one head's keys to the next one's, the same of values, first
+//             position, end of its positions
+//   ring      1, key, value, the two strides in bytes, sink tokens, slots of the window
+enum StoreKind : int64_t { kGrowing = 0, kRing = 1 };
+constexpr int64_t kPartWords = 6;
+
+// What one row of the operator's table says: the KV heads of a site that share a policy, in one session.
+enum Column { kKernel, kStore, kHeads, kHeadCount, kStart, kNew, kSkip, kOutRow, kBefore, kColumnCount };
+
+struct Group {
+  const KvcAttendKernel *kernel;
+  const int64_t *store;
+  const int64_t *heads;  // KV heads of the site
+  int64_t head_count, start, tokens, skip, out_row, before;
+  std::vector<int64_t> staged;  // a descriptor of what the queries see, where the ring cannot show it
+  std::vector<char> memory;     // what it points to
+
+  int64_t end() const { return before + tokens; }
+  int64_t queries() const { return tokens - skip; }
+  const int64_t *seen() const { return staged.empty() ? store : staged.data(); }
+  int64_t state_floats() const { return kernel->queries_per_kv * (kernel->value_dim + 2); }
+  int64_t key_bytes() const { return int64_t(kernel->head_dim) * kernel->store_bytes; }
+  int64_t value_bytes() const { return int64_t(kernel->value_dim) * kernel->store_bytes; }
+};
+
+// The tensors of a call.
+struct Call {
+  const char *query, *key, *value;
+  int64_t query_head, query_token, key_head, key_token, value_head, value_token;  // strides in elements
+  // sinks: [query_heads], or null; out: [rows][query_heads][value_dim]
+  const float *sinks;
+  char *out;
+  int64_t query_heads;
+};
+
+// Positions [from, to) of one head, as pieces of the store.
+void find_pieces(const int64_t *store, int64_t head, int64_t from, int64_t to, std::vector<KvcPiece> &pieces) {
+  if (store[0] == kGrowing) {
+    for (int64_t i = 0; i < store[1]; i++) {
+      const int64_t *part = store + 2 + i * kPartWords;
+      const int64_t first = std::max(from, part[4]), end = std::min(to, part[5]);
+      if (first < end)
+        pieces.push_back(
+            {(const char *)part[0] + head * part[2], (const char *)part[1] + head * part[3], first - part[4], end - first, first});
+    }
+    return;
+  }
+  const int64_t sink = store[5], window = store[6];
+  const char *key = (const char *)store[1] + head * store[3], *value = (const char *)store[2] + head * store[4];
+  while (from < to) {
+    const int64_t slot = from < sink ? from : sink + (from - sink) % window;
+    const int64_t tokens = std::min(to - from, sink + window - slot);  // the first round runs through the sinks into the window
+    pieces.push_back({key, value, slot, tokens, from});
+    from += tokens;
+  }
+}
+
+// What the queries at positions [first, last] may see, in chunks: pieces of chunk c are [cuts[c], cuts[c + 1]).
+struct Chunks {
+  std::vector<KvcPiece> pieces, found;
+  std::vector<int64_t> cuts;
+
+  void find(const Group &group, int64_t head, int64_t first, int64_t last) {
+    const int64_t sink = group.kernel->sink_tokens, recent = group.kernel->recent_tokens;
+    found.clear();
+    if (recent && first + 1 - recent > sink) {
+      find_pieces(group.seen(), head, 0, sink, found);
+      find_pieces(group.seen(), head, first + 1 - recent, last + 1, found);
+    } else {
+      find_pieces(group.seen(), head, 0, last + 1, found);
+    }
+    pieces.clear();
+    cuts.assign(1, 0);
+    int64_t room = kChunkTokens;
+    for (KvcPiece piece : found)
+      while (piece.tokens) {
+        KvcPiece cut = piece;
+        cut.tokens = std::min(piece.tokens, room);
+        pieces.push_back(cut);
+        piece.slot += cut.tokens, piece.position += cut.tokens, piece.tokens -= cut.tokens;
+        if (!(room -= cut.tokens)) cuts.push_back(pieces.size()), room = kChunkTokens;
+      }
+    if (room < kChunkTokens) cuts.push_back(pieces.size());
+  }
+  int64_t count() const { return cuts.size() - 1; }
+};
+
+int64_t visible_tokens(const Group &group, int64_t position) {
+  const int64_t sink = group.kernel->sink_tokens, recent = group.kernel->recent_tokens;
+  return recent ? std::min(position + 1, sink + recent) : position + 1;
+}
+int64_t chunk_count(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
+
+KvcState state_at(float *memory, int64_t rows, int64_t value_dim) {
+  return {memory, memory + rows * value_dim, memory + rows * (value_dim + 1)};
+}
+
+// One chunk's state joins the states of the chunks before it.
+void merge(const KvcState &into, const KvcState &other, int64_t rows, int64_t value_dim) {
+  for (int64_t r = 0; r < rows; r++) {
+    const float top = std::max(into.maximum[r], other.maximum[r]);
+    if (top == -INFINITY) continue;
+    const float keep = std::exp(into.maximum[r] - top), take = std::exp(other.maximum[r] - top);
+    into.maximum[r] = top;
+    into.sum[r] = into.sum[r] * keep + other.sum[r] * take;
+    for (int64_t e = 0; e < value_dim; e++)
+      into.out[r * value_dim + e] = into.out[r * value_dim + e] * keep + other.out[r * value_dim + e] * take;
+  }
+}
+
+void store_number(float x, char *to, int32_t bytes) {
+  if (bytes == 4) {
+    std::memcpy(to, &x, 4);
+    return;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t half = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  std::memcpy(to, &half, 2);
+}
+
+// Writes the attention of `tokens` query tokens; a learnt sink is one more logit of the denominator.
+void finish(const Call &call, const Group &group, int64_t head, int64_t query, int64_t tokens, const KvcState &state) {
+  const KvcAttendKernel &kernel = *group.kernel;
+  for (int64_t r = 0; r < tokens * kernel.queries_per_kv; r++) {
+    const int64_t query_head = group.heads[head] * kernel.queries_per_kv + r % kernel.queries_per_kv;
+    float factor = state.sum[r] > 0 ? 1 / state.sum[r] : 0;
+    if (call.sinks) {
+      const float sink = call.sinks[query_head], top = std::max(state.maximum[r], sink);
+      const float scale = std::exp(state.maximum[r] - top);
+      factor = scale / (state.sum[r] * scale + std::exp(sink - top));
+    }
+    const int64_t row = group.out_row + query + r / kernel.queries_per_kv;
+    char *to = call.out + (row * call.query_heads + query_head) * kernel.value_dim * kernel.query_bytes;
+    for (int64_t e = 0; e < kernel.value_dim; e++)
+      store_number(state.out[r * kernel.value_dim + e] * factor, to + e * kernel.query_bytes, kernel.query_bytes);
+  }
+}
+
+KvcQueries queries_of(const Call &call, const Group &group, int64_t head, int64_t first, int64_t tokens) {
+  const int64_t at =
+      (group.start + group.skip + first) * call.query_token + group.heads[head] * group.kernel->queries_per_kv * call.query_head;
+  return {call.query + at * group.kernel->query_bytes, call.query_token, call.query_head, tokens, group.before + group.skip + first};
+}
+
+// New tokens [first, first + tokens) of one head.
+KvcTokens tokens_of(const Call &call, const Group &group, int64_t head, int64_t first, int64_t tokens) {
+  const int64_t key = (group.start + first) * call.key_token + group.heads[head] * call.key_head;
+  const int64_t value = (group.start + first) * call.value_token + group.heads[head] * call.value_head;
+  return {call.key + key * group.kernel->query_bytes, call.value + value * group.kernel->query_bytes, call.key_token, call.value_token,
+          tokens};
+}
+
+// Appends new tokens [first, end) of the call to the store, wherever their positions lie there.
+void append(const Call &call, const Group &group, const int64_t *store, int64_t head, int64_t first, int64_t end) {
+  std::vector<KvcPiece> places;
+  find_pieces(store, head, group.before + first, group.before + end, places);
+  for (const KvcPiece &place : places) {
+    const KvcTokens tokens = tokens_of(call, group, head, place.position - group.before, place.tokens);
+    group.kernel->append(&tokens, const_cast<void *>(place.key), const_cast<void *>(place.value), place.slot);
+  }
+}
+
+// One token from one store to another: its key's channels lie in the lanes of a block.
+void copy_token(const Group &group, const KvcPiece &from, char *key, char *value, int64_t slot) {
+  const int64_t lane_bytes = 4, lanes = group.key_bytes() / lane_bytes, block = kBlockTokens * group.key_bytes();
+  const char *source = (const char *)from.key + from.slot / kBlockTokens * block + from.slot % kBlockTokens * lane_bytes;
+  char *target = key + slot / kBlockTokens * block + slot % kBlockTokens * lane_bytes;
+  for (int64_t i = 0; i < lanes; i++)
+    std::memcpy(target + i * kBlockTokens * lane_bytes, source + i * kBlockTokens * lane_bytes, lane_bytes);
+  std::memcpy(value + slot * group.value_bytes(), (const char *)from.value + from.slot * group.value_bytes(), group.value_bytes());
+}
+
+// A chunk of a prompt may overwrite what its own first queries see of a ring.  Then the sinks stay in the ring, and the window
+// before the chunk and the chunk itself are laid out side by side.
+bool needs_staging(const Group &group) {
+  return group.tokens > 1 && group.store[0] == kRing && group.end() > group.store[5] + group.store[6];
+}
+
+void stage(Group &group) {
+  const int64_t *ring = group.store, sink = ring[5], recent = group.kernel->recent_tokens;
+  const int64_t first = std::min(group.before, std::max(sink, group.before + 1 - recent));
+  const int64_t blocks = (group.end() - first + kBlockTokens - 1) / kBlockTokens;
+  const int64_t key = blocks * kBlockTokens * group.key_bytes(), value = blocks * kBlockTokens * group.value_bytes();
+  group.memory.resize(group.head_count * (key + value));
+  char *keys = group.memory.data(), *values = keys + group.head_count * key;
+  const int64_t sinks[] = {ring[1], ring[2], ring[3], ring[4], 0, std::min(first, sink)};
+  const int64_t others[] = {(int64_t)keys, (int64_t)values, key, value, first, group.end()};
+  group.staged = {kGrowing, 2};
+  group.staged.insert(group.staged.end(), std::begin(sinks), std::end(sinks));
+  group.staged.insert(group.staged.end(), std::begin(others), std::end(others));
+}
+
+void fill_stage(const Call &call, const Group &group, int64_t head) {
+  const int64_t *part = group.staged.data() + 2 + kPartWords;
+  std::vector<KvcPiece> before;
+  find_pieces(group.store, head, part[4], group.before, before);
+  char *key = (char *)part[0] + head * part[2], *value = (char *)part[1] + head * part[3];
+  for (KvcPiece piece : before)
+    for (; piece.tokens; piece.tokens--, piece.slot++, piece.position++) copy_token(group, piece, key, value, piece.position - part[4]);
+  append(call, group, group.staged.data(), head, 0, group.tokens);
+}
+
+// The tokens of the chunk that keep a slot: the sinks among them and the last `window` of the others.
+void fill_ring(const Call &call, const Group &group, int64_t head) {
+  const int64_t sink = group.store[5], window = group.store[6];
+  const int64_t sinks = std::max<int64_t>(0, std::min(group.tokens, sink - group.before));
+  append(call, group, group.store, head, 0, sinks);
+  append(call, group, group.store, head, std::max(sinks, group.tokens - window), group.tokens);
+}
+
+// Attention of a tile of queries over all that it sees, chunk after chunk.
+void attend_tile(const Call &call, const Group &group, int64_t head, int64_t first, int64_t tokens) {
+  static thread_local Chunks chunks;
+  static thread_local std::vector<float> memory;
+  const KvcAttendKernel &kernel = *group.kernel;
+  const int64_t rows = tokens * kernel.queries_per_kv, floats = rows * (kernel.value_dim + 2);
+  memory.resize(2 * floats);
+  const KvcQueries queries = queries_of(call, group, head, first, tokens);
+  const KvcState state = state_at(memory.data(), rows, kernel.value_dim), next = state_at(memory.data() + floats, rows, kernel.value_dim);
+  chunks.find(group, head, queries.position, queries.position + tokens - 1);
+  for (int64_t c = 0; c < chunks.count(); c++) {
+    kernel.attend(&queries, chunks.pieces.data() + chunks.cuts[c], chunks.cuts[c + 1] - chunks.cuts[c], c ? &next : &state);
+    if (c) merge(state, next, rows, kernel.value_dim);
+  }
+  finish(call, group, head, first, tokens, state);
+}
+
+template <class F>
+void on_threads(int64_t threads, const F &work) {  // work(thread, threads)
+  if (threads <= 1) return work(0, 1);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; thread++) work(thread, threads);
+  });
+}
+
+template <class F>
+void each_on_threads(int64_t count, const F &work) {  // work(index), the next one to whoever is free
+  std::atomic<int64_t> next{0};
+  on_threads(std::min<int64_t>(count, torch::stable::get_num_threads()), [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < count;) work(i);
+  });
+}
+
+// One query token a session: all chunks of all heads in a row, cut evenly between the threads.
+void attend_single(const Call &call, const std::vector<Group *> &groups) {
+  struct Run {
+    Group *group;
+    int64_t head, first_chunk, state;
+  };
+  static thread_local std::vector<Run> runs;
+  static thread_local std::vector<float> memory;
+  runs.clear();
+  int64_t chunks = 0, floats = 0, tokens = 0;
+  for (Group *group : groups)
+    for (int64_t head = 0; head < group->head_count; head++) {
+      runs.push_back({group, head, chunks, floats});
+      const int64_t visible = visible_tokens(*group, group->end() - 1);
+      chunks += chunk_count(visible), floats += chunk_count(visible) * group->state_floats(), tokens += visible;
+    }
+  memory.resize(floats);
+  float *states = memory.data();
+  const std::vector<Run> &all = runs;
+  const int64_t threads = tokens <= kInlineTokens ? 1 : std::min<int64_t>(chunks, torch::stable::get_num_threads());
+  on_threads(threads, [&, states](int64_t thread, int64_t count) {
+    static thread_local Chunks seen;
+    const int64_t begin = chunks * thread / count, end = chunks * (thread + 1) / count;
+    for (size_t i = 0; i < all.size(); i++) {
+      const Run &run = all[i];
+      const int64_t last = i + 1 < all.size() ? all[i + 1].first_chunk : chunks;
+      const int64_t from = std::max(begin, run.first_chunk), to = std::min(end, last);
+      if (from >= to) continue;
+      const Group &group = *run.group;
+      if (to == last && group.tokens == 1) append(call, group, group.store, run.head, 0, 1);  // the last chunk holds the new token
+      seen.find(group, run.head, group.end() - 1, group.end() - 1);
+      const KvcQueries query = queries_of(call, group, run.head, group.queries() - 1, 1);
+      for (int64_t chunk = from - run.first_chunk; chunk < to - run.first_chunk; chunk++) {
+        const KvcState state =
+            state_at(states + run.state + chunk * group.state_floats(), group.kernel->queries_per_kv, group.kernel->value_dim);
+        group.kernel->attend(&query, seen.pieces.data() + seen.cuts[chunk], seen.cuts[chunk + 1] - seen.cuts[chunk], &state);
+      }
+    }
+  });
+  for (size_t i = 0; i < runs.size(); i++) {
+    const Run &run = runs[i];
+    const KvcAttendKernel &kernel = *run.group->kernel;
+    const int64_t count = (i + 1 < runs.size() ? runs[i + 1].first_chunk : chunks) - run.first_chunk;
+    const KvcState state = state_at(states + run.state, kernel.queries_per_kv, kernel.value_dim);
+    for (int64_t chunk = 1; chunk < count; chunk++)
+      merge(state, state_at(states + run.state + chunk * run.group->state_floats(), kernel.queries_per_kv, kernel.value_dim),
+            kernel.queries_per_kv, kernel.value_dim);
+    finish(call, *run.group, run.head, run.group->queries() - 1, 1, state);
+  }
+}
+
+// Several query tokens a session: tiles of queries, the longest ones first.
+void attend_many(const Call &call, const std::vector<Group *> &groups) {
+  struct Work {
+    Group *group;
+    int64_t head, first, tokens;
+  };
+  std::vector<Work> heads, tiles;
+  for (Group *group : groups) {
+    if (needs_staging(*group)) stage(*group);
+    for (int64_t head = 0; head < group->head_count; head++) heads.push_back({group, head, 0, 0});
+  }
+  each_on_threads(heads.size(), [&](int64_t i) {
+    const Work &work = heads[i];
+    if (work.group->staged.empty()) return append(call, *work.group, work.group->store, work.head, 0, work.group->tokens);
+    fill_stage(call, *work.group, work.head);
+  });
+  for (const Work &work : heads) {
+    // Tiles end at multiples of their size, so that a result does not depend on where a chunk of the prompt began.
+    const int64_t size = work.group->kernel->tile_tokens, begin = work.group->before + work.group->skip;
+    for (int64_t at = begin, end; at < work.group->end(); at = end) {
+      end = std::min(work.group->end(), (at / size + 1) * size);
+      tiles.push_back({work.group, work.head, at - begin, end - at});
+    }
+  }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Work &one, const Work &other) {
+    return visible_tokens(*one.group, one.group->before + one.first) > visible_tokens(*other.group, other.group->before + other.first);
+  });
+  each_on_threads(tiles.size(), [&](int64_t i) { attend_tile(call, *tiles[i].group, tiles[i].head, tiles[i].first, tiles[i].tokens); });
+  each_on_threads(heads.size(), [&](int64_t i) {
+    if (!heads[i].group->staged.empty()) fill_ring(call, *heads[i].group, heads[i].head);
+  });
+}
+
+void check_tensor(const Tensor &tensor, const char *name) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == 1, name, " must be [1, heads, tokens, dim]");
+  STD_TORCH_CHECK(tensor.stride(3) == 1 || tensor.size(3) == 1, name, "'s last dimension must be contiguous");
+}
+
+// Of the numbers that a kernel knows by their size.
+ScalarType number_type(int32_t bytes) { return bytes == 4 ? ScalarType::Float : ScalarType::BFloat16; }
+
+bool are_integers(const Tensor &tensor, int64_t dims) {
+  return tensor.dim() == dims && tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Long;
+}
+
+bool names_heads_of(const Group &group, int64_t kv_heads) {
+  return std::all_of(group.heads, group.heads + group.head_count, [&](int64_t head) { return head >= 0 && head < kv_heads; });
+}
+
+// Whether the positions of the new tokens lie in the store: a ring has a place for every one.
+bool has_room(const Group &group) {
+  const int64_t *store = group.store, parts = store[1];
+  return store[0] == kRing || (parts > 0 && store[2 + parts * kPartWords - 1] >= group.end());
+}
+
+// query [1, query_heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...]: new tokens of all sessions, one after another.
+// learnt_sinks [query_heads], float32.  table [groups, columns] and heads: int64.  out [1, rows, query_heads, value_dim].
+void attend(const Tensor &query, const Tensor &key, const Tensor &value, const std::optional<Tensor> &learnt_sinks, const Tensor &table,
+            const Tensor &heads, Tensor out) {
+  check_tensor(query, "query");
+  check_tensor(key, "key");
+  check_tensor(value, "value");
+  STD_TORCH_CHECK(query.size(2) == key.size(2) && query.size(2) == value.size(2) && key.size(1) == value.size(1),
+                  "query, key and value must have as many tokens, key and value as many heads");
+  STD_TORCH_CHECK(out.dim() == 4 && out.is_contiguous() && out.size(2) == query.size(1),
+                  "out must be contiguous, [1, rows, query_heads, value_dim]");
+  STD_TORCH_CHECK(are_integers(table, 2) && table.size(1) == kColumnCount && are_integers(heads, 1),
+                  "table [groups, columns] and heads must be contiguous int64");
+  STD_TORCH_CHECK(!learnt_sinks || (learnt_sinks->dim() == 1 && learnt_sinks->is_contiguous() && learnt_sinks->size(0) == query.size(1) &&
+                                    learnt_sinks->scalar_type() == ScalarType::Float),
+                  "learnt_sinks must be one float32 number a query head");
+  const ScalarType type = query.scalar_type();
+  const bool one_type = key.scalar_type() == type && value.scalar_type() == type && out.scalar_type() == type;
+  Call call = {(const char *)query.data_ptr(),
+               (const char *)key.data_ptr(),
+               (const char *)value.data_ptr(),
+               query.stride(1),
+               query.stride(2),
+               key.stride(1),
+               key.stride(2),
+               value.stride(1),
+               value.stride(2),
+               learnt_sinks ? (const float *)learnt_sinks->data_ptr() : nullptr,
+               (char *)out.data_ptr(),
+               query.size(1)};
+  std::vector<Group> groups(table.size(0));
+  std::vector<Group *> single, many;
+  const int64_t *all_heads = (const int64_t *)heads.data_ptr();
+  for (size_t i = 0; i < groups.size(); i++) {
+    const int64_t *row = (const int64_t *)table.data_ptr() + i * kColumnCount;
+    Group &group = groups[i];
+    const auto kernel = attend_kernels.find((uint64_t)row[kKernel]);
+    STD_TORCH_CHECK(kernel != attend_kernels.end(), "no kernel is loaded for this attention");
+    group.kernel = kernel->second;
+    STD_TORCH_CHECK(one_type && type == number_type(group.kernel->query_bytes), "the kernel is for other types");
+    STD_TORCH_CHECK(group.kernel->head_dim == query.size(3) && group.kernel->head_dim == key.size(3) &&
+                        group.kernel->value_dim == value.size(3) && group.kernel->value_dim == out.size(3) &&
+                        group.kernel->queries_per_kv * key.size(1) == query.size(1),
+                    "the kernel is for other sizes");
+    group.store = (const int64_t *)row[kStore];
+    group.heads = all_heads + row[kHeads];
+    group.head_count = row[kHeadCount], group.start = row[kStart], group.tokens = row[kNew], group.skip = row[kSkip];
+    group.out_row = row[kOutRow], group.before = row[kBefore];
+    STD_TORCH_CHECK(group.start >= 0 && group.start + group.tokens <= key.size(2) && group.skip >= 0 && group.skip < group.tokens &&
+                        group.out_row >= 0 && group.out_row + group.queries() <= out.size(1) && group.before >= 0 && row[kHeads] >= 0 &&
+                        group.head_count >= 0 && row[kHeads] + group.head_count <= heads.size(0) && names_heads_of(group, key.size(1)),
+                    "the table names rows that are not there");
+    STD_TORCH_CHECK(group.store && has_room(group), "the store has no room for the new tokens");
+    (group.tokens == 1 ? single : many).push_back(&group);
+  }
+  if (!many.empty()) attend_many(call, many);
+  if (!single.empty()) attend_single(call, single);
+}
+
+Tensor linear_of_many(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
+  StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor concatenate(const std::vector<Tensor> &parts) {
+  StableIValue stack[] = {torch::stable::detail::from(parts), torch::stable::detail::from(int64_t(-1))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cat", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x [1, tokens, in], weights [out_i, in], biases none or [out_i] each: [1, tokens, sum of out_i].  AOTInductor hands an empty
+// list over as none.
+Tensor linears(const Tensor &x, const std::vector<Tensor> &weights, const std::optional<std::vector<Tensor>> &some_biases,
+               std::string key) {
+  const std::vector<Tensor> biases = some_biases.value_or(std::vector<Tensor>());
+  const auto found = linear_kernels.find(std::strtoull(key.c_str(), nullptr, 16));
+  STD_TORCH_CHECK(found != linear_kernels.end(), "no kernel is loaded for these linear layers");
+  const KvcLinearKernel &kernel = *found->second;
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == 1, "x must be [1, tokens, in]");
+  STD_TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()),
+                  "each weight or none must have a bias of its own");
+  const int64_t tokens = x.size(1), in = x.size(2);
+  if (tokens > kernel.max_tokens || tokens == 0) {
+    std::vector<Tensor> parts;
+    for (size_t i = 0; i < weights.size(); i++)
+      parts.push_back(linear_of_many(x, weights[i], biases.empty() ? std::nullopt : std::optional<Tensor>(biases[i])));
+    return parts.size() == 1 ? parts[0] : concatenate(parts);
+  }
+  const ScalarType type = number_type(kernel.bytes);
+  STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == type, "x must be contiguous and of the kernel's type");
+  int64_t out = 0;
+  for (size_t i = 0; i < weights.size(); out += weights[i++].size(0)) {
+    const Tensor &weight = weights[i];
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.size(1) == in && weight.scalar_type() == type,
+                    "a weight of another layout");
+    STD_TORCH_CHECK(biases.empty() || (biases[i].dim() == 1 && biases[i].is_contiguous() && biases[i].size(0) == weight.size(0) &&
+                                       biases[i].scalar_type() == type),
+                    "a bias of another layout");
+  }
+  Tensor y = torch::stable::new_empty(x, {1, tokens, out});
+  constexpr int64_t kGrain = 8;  // rows of one thread are a multiple of it
+  const int64_t grains = (out + kGrain - 1) / kGrain;
+  const int64_t threads = out * in < 1 << 15 ? 1 : std::min<int64_t>(grains, torch::stable::get_num_threads());
+  on_threads(threads, [&](int64_t thread, int64_t count) {
+    const int64_t begin = grains * thread / count * kGrain, end = std::min(out, grains * (thread + 1) / count * kGrain);
+    int64_t row = 0;
+    for (size_t i = 0; i < weights.size(); row += weights[i++].size(0)) {
+      const int64_t first = std::max(begin - row, int64_t(0)), last = std::min(end - row, weights[i].size(0));
+      if (first < last)
+        kernel.multiply(x.data_ptr(), tokens, in, weights[i].data_ptr(), biases.empty() ? nullptr : biases[i].data_ptr(),
+                        (char *)y.data_ptr() + row * kernel.bytes, out, first, last);
+    }
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(kvc_native, m) {
+  m.def("load(str path) -> int");
+  m.def("attend(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, Tensor table, Tensor heads, Tensor(a!) out) -> ()");
+  m.def("linears(Tensor x, Tensor[] weights, Tensor[]? biases, str kernel) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(kvc_native, CompositeExplicitAutograd, m) { m.impl("load", TORCH_BOX(&load)); }
+STABLE_TORCH_LIBRARY_IMPL(kvc_native, CPU, m) {
+  m.impl("attend", TORCH_BOX(&attend));
+  m.impl("linears", TORCH_BOX(&linears));
+}

@@ -1,0 +1,117 @@
+"""C++ sources from requests: one readable file a kernel, over headers that all kernels share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+
+import jinja2
+
+from kvcompile.ir.request import KernelRequest, LinearRequest, Request
+
+HEADERS = ("kernel.h", "vector.h", "rows.h")
+LAUNCHER = "launcher.cpp"
+_TYPES = {"float32": "float", "bfloat16": "Bfloat16"}
+_ROWS_LIMIT = 256  # queries that share a KV head: their logits of a chunk of keys stand on the stack
+
+
+def refusal(request: Request) -> str | None:
+    """Why there is no C++ kernel for a request, in words; None where there is one."""
+    if isinstance(request, LinearRequest):
+        return None if request.dtype in _TYPES else f"linear layers in {request.dtype} have no C++ kernel"
+    for name, dtype in (("computing", request.dtype), ("stores", request.store_dtype)):
+        if dtype not in _TYPES:
+            return f"{name} in {dtype} has no C++ kernel"
+    if max(request.head_dim, request.value_dim) > 512 or request.queries_per_kv > _ROWS_LIMIT:
+        return f"head_dim {request.head_dim} with {request.queries_per_kv} queries a KV head is too large for the C++ kernels"
+    if request.store_dtype == "bfloat16" and request.head_dim % 2:
+        return f"head_dim {request.head_dim} is odd, and bfloat16 keys are stored in pairs"
+    return None
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """One request's kernel as text.  name: its file, made of its content hash."""
+
+    request: Request
+    name: str
+    text: str
+
+
+def render(request: Request) -> KernelSource:
+    """The source of a request's kernel; `refusal(request)` must be None."""
+    assert refusal(request) is None, refusal(request)
+    if isinstance(request, LinearRequest):
+        template, words = "linears.cpp.jinja", _linear_words(request)
+        constants = {"number_type": _TYPES[request.dtype], "max_tokens": request.max_tokens}
+    else:
+        template, words = "attend_spans.cpp.jinja", _attend_words(request)
+        constants = {
+            "head_dim": request.head_dim,
+            "value_dim": request.value_dim,
+            "queries_per_kv": request.queries_per_kv,
+            "scale": _float(request.scale),
+            "soft_cap": _float(request.soft_cap) if request.soft_cap else "",
+            "sink_tokens": request.sink_tokens,
+            "recent_tokens": request.recent_tokens,
+            "query_type": _TYPES[request.dtype],
+            "store_type": _TYPES[request.store_dtype],
+        }
+    header = [
+        f"// {words[0]}",
+        *(f"// {line}" for line in words[1:]),
+        f"// Made by kvcompile from codegen/cpp/{template}; print it again with: kvcompile SPEC --show source",
+    ]
+    body = _template(template).render(key=request.key, **constants)
+    return KernelSource(request, f"{request.kind}_{request.key}.cpp", "\n".join(header) + "\n" + body + "\n")
+
+
+def library_sources(requests: Iterable[Request]) -> dict[str, str]:
+    """File name -> text of everything that one shared object of kernels is built from."""
+    kernels = sorted((render(request) for request in requests), key=lambda kernel: kernel.name)
+    attends = [kernel.request.key for kernel in kernels if isinstance(kernel.request, KernelRequest)]
+    linears = [kernel.request.key for kernel in kernels if isinstance(kernel.request, LinearRequest)]
+    table = _template("kernels.cpp.jinja").render(attends=attends, linears=linears)
+    return {**{name: _text(name) for name in HEADERS}, **{kernel.name: kernel.text for kernel in kernels}, "kernels.cpp": table + "\n"}
+
+
+def launcher_sources() -> dict[str, str]:
+    """File name -> text of the operators that call the kernels."""
+    return {name: _text(name) for name in ("kernel.h", LAUNCHER)}
+
+
+def _attend_words(request: KernelRequest) -> list[str]:
+    seen = "every earlier token"
+    if request.recent_tokens is not None:
+        seen = f"the first {request.sink_tokens} tokens and the last {request.recent_tokens}"
+    extras = [f"Logits capped at {request.soft_cap:g}"] if request.soft_cap else []
+    extras += ["One learnt sink a query head, which the launcher adds"] if request.learnt_sinks else []
+    return [
+        f"attend_spans {request.key}: a query sees {seen}.",
+        *([" ".join(f"{extra}." for extra in extras)] if extras else []),
+        f"{request.queries_per_kv} queries a KV head, head_dim {request.head_dim}, value_dim {request.value_dim}; "
+        f"{request.dtype} queries over {request.store_dtype} keys and values, sums in float32.",
+    ]
+
+
+def _linear_words(request: LinearRequest) -> list[str]:
+    return [
+        f"linears {request.key}: linear layers of 1 to {request.max_tokens} tokens, which read each weight once.",
+        f"{request.dtype} weights [out, in], sums in float32.",
+    ]
+
+
+def _float(number: float) -> str:
+    return f"{number!r}f"
+
+
+def _text(name: str) -> str:
+    return files("kvcompile.codegen.cpp").joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False)
+    return environment.from_string(_text(name))

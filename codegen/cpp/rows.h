@@ -1,0 +1,75 @@
+// Loops over rows and columns whose counts are known to the compiler, and the order of numbers in a store.
+#pragma once
+
+#include <type_traits>
+
+#include "kernel.h"
+#include "vector.h"
+
+// Calls f<m>(row) for m rows from `row` on, m = M while as many are left.
+template <int M, class F>
+KVC_INLINE void each_rows(int row, int rows, F f) {
+  for (; row + M <= rows; row += M) f(std::integral_constant<int, M>{}, row);
+  if constexpr (M > 1) each_rows<M - 1>(row, rows, f);
+}
+
+// Calls f<C>(first) for all vectors of a value, C at a time.
+template <int Vectors, int C, class F>
+KVC_INLINE void each_columns(F f) {
+  int first = 0;
+  for (; first + C <= Vectors; first += C) f(std::integral_constant<int, C>{}, first);
+  if constexpr (Vectors % C > 0) f(std::integral_constant<int, Vectors % C>{}, first);
+}
+
+// Where channel d of a token lies in its block of keys.
+template <class Stored>
+KVC_INLINE int64_t lane_of(int d, int64_t lane) {
+  if constexpr (std::is_same_v<Stored, Bfloat16>) return (d / 2 * kBlockTokens + lane) * 2 + d % 2;
+  return d * kBlockTokens + lane;
+}
+
+// Values that were summed as 16 even and 16 odd numbers in turn, in their own order.
+template <class Stored, int Dim>
+void copy_in_order(const float *from, int rows, float *to) {
+  for (int row = 0; row < rows; row++, from += Dim, to += Dim)
+    for (int e = 0; e < Dim; e++) {
+      const bool split = std::is_same_v<Stored, Bfloat16> && e < Dim / 32 * 32;
+      to[e] = from[split ? e / 32 * 32 + e % 2 * 16 + e % 32 / 2 : e];
+    }
+}
+
+// logit -> cap * tanh(logit / cap) for one row; -inf stays -inf.  The row holds a multiple of 16 numbers.
+KVC_INLINE void cap_logits(float *logits, int64_t tokens, float cap) {
+  for (int64_t t = 0; t < tokens; t += 16) {
+    const Floats logit = load(logits + t);
+    store(logits + t, select(logit > -kInfinity, cap * tanh_of(logit / cap), logit));
+  }
+}
+
+// Logits of one row become weights exp(logit - maximum); columns up to the next multiple of 16 become 0.
+KVC_INLINE void weigh(float *logits, int64_t tokens, float *row_maximum, float *row_sum) {
+  const int64_t padded = (tokens + 15) / 16 * 16;
+  for (int64_t t = tokens; t < padded; t++) logits[t] = -kInfinity;
+  Floats top = splat(-kInfinity), sum = {};
+  for (int64_t t = 0; t < padded; t += 16) top = maximum(load(logits + t), top);
+  *row_maximum = max_lanes(top);
+  const float shift = *row_maximum == -kInfinity ? 0 : *row_maximum;
+  for (int64_t t = 0; t < padded; t += 16) {
+    const Floats weight = exp_negative(load(logits + t) - shift);
+    store(logits + t, weight);
+    sum += weight;
+  }
+  *row_sum = sum_lanes(sum);
+}
+
+// Writes new tokens to slots from `slot` on.
+template <class From, class Stored, int HeadDim, int ValueDim>
+void append_tokens(const KvcTokens &tokens, Stored *keys, Stored *values, int64_t slot) {
+  for (int64_t t = 0; t < tokens.tokens; t++, slot++) {
+    const From *key = (const From *)tokens.key + t * tokens.key_stride;
+    const From *value = (const From *)tokens.value + t * tokens.value_stride;
+    Stored *block = keys + slot / kBlockTokens * kBlockTokens * HeadDim;
+    for (int d = 0; d < HeadDim; d++) narrow(widen(key[d]), block + lane_of<Stored>(d, slot % kBlockTokens));
+    for (int e = 0; e < ValueDim; e++) narrow(widen(value[e]), values + slot * ValueDim + e);
+  }
+}

@@ -1,0 +1,111 @@
+// Vectors of 16 floats in GCC's and Clang's vector extensions: one AVX-512 register, two of AVX2, four of SSE or NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define KVC_INLINE inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+
+#if defined(__AVX512F__)
+constexpr int kRegisters = 32;  // how many `Floats` the machine holds at once
+#elif defined(__AVX2__)
+constexpr int kRegisters = 8;
+#else
+constexpr int kRegisters = 6;
+#endif
+
+constexpr float kInfinity = __builtin_inff();
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+KVC_INLINE Floats load(const float *from) {
+  Floats v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+KVC_INLINE Bits load_bits(const void *from) {
+  Bits v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+KVC_INLINE void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
+KVC_INLINE Floats splat(float x) { return x - Floats{}; }
+
+// The even and the odd ones of 32 bfloat16 numbers.
+KVC_INLINE Floats even(Bits pairs) { return (Floats)(pairs << 16); }
+KVC_INLINE Floats odd(Bits pairs) { return (Floats)(pairs & 0xffff0000u); }
+
+KVC_INLINE float widen(float x) { return x; }
+KVC_INLINE float widen(Bfloat16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+KVC_INLINE void narrow(float x, float *to) { *to = x; }
+KVC_INLINE void narrow(float x, Bfloat16 *to) {  // to the nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  to->bits = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+KVC_INLINE Floats select(Ints where, Floats yes, Floats no) { return (Floats)(((Ints)yes & where) | ((Ints)no & ~where)); }
+KVC_INLINE Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
+
+// Sums and maxima of the 16 lanes, in the order of a tree: the same bits on every instruction set.
+KVC_INLINE float sum_lanes(Floats v) {
+  float lane[16];
+  store(lane, v);
+  for (int step = 8; step > 0; step /= 2)
+    for (int i = 0; i < step; i++) lane[i] += lane[i + step];
+  return lane[0];
+}
+KVC_INLINE float max_lanes(Floats v) {
+  float lane[16];
+  store(lane, v);
+  for (int step = 8; step > 0; step /= 2)
+    for (int i = 0; i < step; i++) lane[i] = lane[i] > lane[i + step] ? lane[i] : lane[i + step];
+  return lane[0];
+}
+
+// exp(x) for x <= 0 to 2 units in the last place; 0 below -87, so that no denormal number arises.
+KVC_INLINE Floats exp_negative(Floats x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats shifted = x * 1.44269504f + kMagic;
+  const Floats n = shifted - kMagic;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const Floats scaled = (Floats)((Bits)p + ((Bits)shifted << 23));
+  return (Floats)((Ints)scaled & (x > -87.0f));
+}
+
+// tanh(x), absolute error below 2e-7.
+KVC_INLINE Floats tanh_of(Floats x) {
+  const Floats size = (Floats)((Ints)x & 0x7fffffff);
+  const Floats e = exp_negative(-2.0f * size);
+  const Floats far = (1.0f - e) / (1.0f + e);
+  const Floats s = x * x;
+  Floats near = s * -8.863235530e-3f + 2.186948854e-2f;  // the series of tanh(x) / x - 1
+  near = near * s - 5.396825397e-2f;
+  near = near * s + 1.333333333e-1f;
+  near = near * s - 3.333333333e-1f;
+  near = size + size * s * near;
+  const Floats positive = select(size < 0.25f, near, far);
+  return (Floats)((Ints)positive | ((Ints)x & (int32_t)0x80000000));
+}
+
+// A line of memory that is wanted soon, into the second cache: into the first one, the few misses that it can have under way
+// are the limit (measured: 89 % of a pure read's speed against 49 %; 8 and 16 KiB ahead are equal).
+constexpr int64_t kPrefetchBytes = 8192;
+KVC_INLINE void prefetch(const void *at) { __builtin_prefetch((const char *)at + kPrefetchBytes, 0, 2); }

@@ -1,0 +1,151 @@
+"""The C++ kernels of a compiled model, as the sessions call them: one operator a site, whatever its policies and sessions.
+
+Python says once a call where every store's positions lie; appending, attending and merging happen in the operator
+`kvc_native::attend` (codegen/cpp/launcher.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir.errors import Problem, TargetError
+from kvcompile.ir.plan import HeadGroup, Plan
+from kvcompile.runtime.store import KVStore
+
+
+class Column(IntEnum):
+    """What a row of the operator's table says: the KV heads of a site that share a policy, in one session."""
+
+    KERNEL = 0  # content hash of the request
+    STORE = 1  # address of the store's descriptor
+    HEADS = 2  # where its KV heads begin in the site's list of them
+    HEAD_COUNT = 3
+    START = 4  # row of the session's first new token in the call
+    NEW = 5  # new tokens
+    SKIP = 6  # of which so many ask for no result
+    OUT_ROW = 7  # row of the first result
+    BEFORE = 8  # tokens that the session had read before the call
+
+
+@dataclass(frozen=True)
+class NativeKernels:
+    """Loaded kernels: the requests that they serve, by content hash."""
+
+    keys: frozenset[str]
+
+    def serve(self, group: HeadGroup) -> bool:
+        """Whether a group of KV heads is attended to by a C++ kernel."""
+        return group.device == "cpu" and group.request is not None and group.request.key in self.keys
+
+
+NO_KERNELS = NativeKernels(frozenset())
+
+
+def load_launcher(path: Path) -> None:
+    """Makes the operators `kvc_native::*` known to torch; loading them again changes nothing.
+
+    Raises TargetError where the library cannot be loaded.
+    """
+    if hasattr(torch.ops.kvc_native, "attend"):
+        return
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise TargetError(
+            Problem(str(path), f"the launcher cannot be loaded: {error}.", "`kvcompile cache --clear` removes it; it is built again.")
+        ) from error
+    torch.library.register_fake("kvc_native::linears", _linears_fake)
+
+
+def _linears_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, kernel: str) -> Tensor:
+    return x.new_empty(1, x.shape[1], sum(weight.shape[0] for weight in weights))
+
+
+def load_kernels(path: Path, keys: Iterable[str]) -> NativeKernels:
+    """The kernels in a shared object.  Raises TargetError where it cannot be loaded."""
+    try:
+        torch.ops.kvc_native.load(str(path))
+    except RuntimeError as error:
+        raise TargetError(
+            Problem(
+                str(path),
+                f"the kernels cannot be loaded: {str(error).splitlines()[0]}.",
+                "`kvcompile cache --clear` removes them; they are built again.",
+            )
+        ) from error
+    return NativeKernels(frozenset(keys))
+
+
+class NativeTable:
+    """The rows of one session, for every site, kept from call to call.
+
+    Letters: R rows of a site (groups of KV heads that have a kernel).
+    """
+
+    def __init__(self, plan: Plan, kernels: NativeKernels, stores: Sequence[Sequence[KVStore]]) -> None:
+        self._stores: list[KVStore] = []
+        rows: list[list[int]] = []
+        counts: list[int] = []
+        for site, its_stores in zip(plan.sites, stores, strict=True):
+            head = count = 0
+            for group, store in zip(site.groups, its_stores, strict=True):
+                if kernels.serve(group):
+                    assert group.request is not None
+                    rows.append([_signed(group.request.key), 0, head, len(group.kv_heads), 0, 0, 0, 0, 0])
+                    self._stores.append(store)
+                    count += 1
+                head += len(group.kv_heads)
+            counts.append(count)
+        self._table = torch.tensor(rows, dtype=torch.int64).reshape(-1, len(Column))
+        self._addresses = [0] * len(rows)
+        self.sites: list[Tensor] = list(self._table.split(counts))  # [R, columns] of each site; empty where it has none
+
+    def advance(self, tokens: int, start: int, before: int) -> None:
+        """Counts `tokens` new tokens in every store and writes down what a call over them must know.
+
+        start: the session's first row in the call.  Raises CapacityError; then some stores have counted the tokens.
+        """
+        moved = []
+        for row, store in enumerate(self._stores):
+            store.advance(tokens)
+            address = store.descriptor()
+            if address != self._addresses[row]:
+                self._addresses[row] = address
+                moved.append(row)
+        if moved:
+            self._table[moved, Column.STORE] = torch.tensor([self._addresses[row] for row in moved], dtype=torch.int64)
+        self._table[:, Column.START :] = torch.tensor([start, tokens, 0, start, before], dtype=torch.int64)
+
+    def ask_last_only(self, row: int, tokens: int) -> None:
+        """The final site's result: only the last token's, in row `row`."""
+        final = self.sites[-1]
+        final[:, Column.SKIP] = tokens - 1
+        final[:, Column.OUT_ROW] = row
+
+
+def site_heads(plan: Plan) -> list[Tensor]:
+    """The KV heads of each site in the order of its groups, int64 [kv_heads]."""
+    return [torch.tensor([head for group in site.groups for head in group.kv_heads], dtype=torch.int64) for site in plan.sites]
+
+
+def attend_native(
+    query: Tensor, key: Tensor, value: Tensor, learnt_sinks: Tensor | None, tables: Sequence[Tensor], heads: Tensor, out: Tensor
+) -> None:
+    """Appends and attends for every row of `tables` (one [R, columns] a session), into `out` [1, rows, query_heads, value_dim].
+
+    query [1, query_heads, tokens, head_dim]; key, value [1, kv_heads, tokens, ...]; heads: see `site_heads`.
+    """
+    table = tables[0] if len(tables) == 1 else torch.cat(list(tables))
+    torch.ops.kvc_native.attend.default(query, key, value, learnt_sinks, table, heads, out)
+
+
+def _signed(key: str) -> int:
+    """The content hash as the int64 with the same bits."""
+    number = int(key, 16)
+    return number - (1 << 64) if number >= 1 << 63 else number
