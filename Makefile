@@ -1,6 +1,8 @@
 # make demo       install into .venv, compile SmolLM2-135M, read a 6000-token text and answer from it
 # make test       every test            make test-fast   those that need no weights and are quick: three minutes
 # make lint       ruff and mypy         make install     .venv only         make clean   .venv and everything built
+# make test-sanitize   the C++ kernels under g++'s address and undefined-behaviour sanitizers: three minutes
+# make test-triton   the Triton kernels, interpreted and compiled for GPUs that need not be here; makes .venv-triton (2 GB)
 #
 # Variables:
 #   PYTHON=python3.12     the interpreter that .venv is made with (3.11 or newer)
@@ -17,7 +19,11 @@ PYTEST_ARGS ?=
 BIN   := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-fast lint install clean
+TRITON       := triton==3.6.0
+TRITON_BIN   := .venv-triton/bin
+TRITON_STAMP := .venv-triton/.installed
+
+.PHONY: demo test test-fast test-sanitize test-triton lint install clean
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -41,10 +47,27 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not real_model" $(PYTEST_ARGS)
 
+test-sanitize: $(STAMP)
+	$(BIN)/python tests/sanitize/run.py
+
+# An environment of its own: with Triton installed torch takes other paths, so `make test` would test another thing.
+# numpy < 2.4: Triton 3.6's interpreter cannot turn a loaded scalar into a loop bound with newer ones.
+$(TRITON_STAMP): pyproject.toml
+	test -x $(TRITON_BIN)/python || $(PYTHON) -m venv .venv-triton
+	$(TRITON_BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) "$(TORCH)"
+	$(TRITON_BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) "$(TRITON)" "numpy<2.4" jinja2 pytest safetensors
+	$(TRITON_BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) --no-deps -e .
+	@touch $@
+
+# Two processes: Triton interprets or compiles, as decided when it is imported.
+test-triton: $(TRITON_STAMP)
+	$(TRITON_BIN)/python -m pytest tests/on_triton/test_interpreted.py $(PYTEST_ARGS)
+	$(TRITON_BIN)/python -m pytest tests/on_triton/test_compiled.py $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-triton build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

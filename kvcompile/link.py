@@ -14,6 +14,7 @@ from kvcompile.codegen.build import Build
 from kvcompile.codegen.cpp.render import launcher_sources, library_sources, refusal, render
 from kvcompile.codegen.segment_binary import can_compile, compile_segment, segment_key
 from kvcompile.codegen.toolchain import BASE_FLAGS, Isa, Toolchain, find_toolchain, isa_flags, machine_isa, torch_flags, why_none
+from kvcompile.codegen.triton import sources as triton_sources
 from kvcompile.ir.errors import BuildError, KvcompileError, Problem, TargetError, UnsupportedGraphError
 from kvcompile.ir.linear_op import LINEARS
 from kvcompile.ir.plan import Plan
@@ -76,9 +77,14 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
 
 
 def kernel_sources(graph: torch.fx.GraphModule, plan: Plan) -> dict[str, str]:
-    """The kernels that a plan and its outlined graph ask for, as text by file name; nothing is built."""
-    requests = [request for request in _requests(graph, (plan,)) if refusal(request) is None]
-    return {source.name: source.text for source in map(render, requests)}
+    """The kernels that a plan and its outlined graph ask for, C++ or Triton, as text by file name; nothing is built."""
+    asked = [group.request for site in plan.sites for group in site.groups if group.request is not None]
+    requests = [request for request in _requests(graph, (plan,)) if refusal(request) is None] if _on_cpu(plan) else []
+    return {**{source.name: source.text for source in map(render, requests)}, **triton_sources(asked)}
+
+
+def _on_cpu(plan: Plan) -> bool:
+    return any(group.device == "cpu" for site in plan.sites for group in site.groups)
 
 
 def _isa(spec: Spec) -> Isa:
