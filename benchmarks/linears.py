@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     threads = torch.get_num_threads()
     compiled = kvcompile.compile(smollm2_spec(options.dtype, None))
-    key = LinearRequest("linears", "cpu", options.dtype, GEMV_TOKENS).key
+    key = compiled.kernels.name(LinearRequest("linears", "cpu", options.dtype, GEMV_TOKENS).key)
     weights = groups(smollm2(options.dtype).load())
     nbytes = sum(weight.nbytes for group in weights for weight in group)
     attention: list[float] = []

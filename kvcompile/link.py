@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from kvcompile.ir.plan import Plan
 from kvcompile.ir.request import LinearRequest, Request
 from kvcompile.ir.segment_description import SegmentDescription
 from kvcompile.ir.spec import Spec
+from kvcompile.ir.tokens import fake_value
 from kvcompile.models import cache
-from kvcompile.runtime.native import NativeKernels, load_kernels, load_launcher
+from kvcompile.runtime.native import NO_KERNELS, NativeKernels, load_kernels, load_launcher
 from kvcompile.runtime.program import EagerSegment, Program, Segment
 from kvcompile.runtime.segment import load_segment
 
@@ -52,7 +54,7 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
     refusals = sorted({words for request in requests if (words := refusal(request)) is not None})
     warnings = [f"{words}; it runs in torch, which is slower." for words in refusals]
     requests = [request for request in requests if refusal(request) is None]
-    kernels, gemv = NativeKernels(frozenset()), None
+    kernels, gemv = NO_KERNELS, {}
     if spec.target.kernels == "torch":
         toolchain = None
     else:
@@ -63,7 +65,7 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
         try:
             with stage("kernels", "building kernels"):
                 kernels = build_kernels(requests, isa, toolchain)
-                gemv = next((request.key for request in requests if isinstance(request, LinearRequest)), None)
+                gemv = {request.dtype: kernels.name(request.key) for request in requests if isinstance(request, LinearRequest)}
         except BuildError as error:
             warnings.append(f"the kernels could not be built, so torch runs instead, which is slower. {error}")
     segments = _segments(graph, gemv)
@@ -111,17 +113,21 @@ def _requests(graph: torch.fx.GraphModule, plans: Iterable[Plan]) -> list[Reques
 
 def _linear_dtypes(graph: torch.fx.GraphModule) -> set[str]:
     return {
-        str(node.meta["val"].dtype).removeprefix("torch.")
+        _dtype_of(node)
         for segment in graph.children()
         if isinstance(segment, torch.fx.GraphModule)
         for node in segment.graph.find_nodes(op="call_function", target=LINEARS)
     }
 
 
+def _dtype_of(node: torch.fx.Node) -> str:
+    return str(fake_value(node).dtype).removeprefix("torch.")
+
+
 def build_kernels(requests: Sequence[Request], isa: Isa, toolchain: Toolchain, extra_flags: tuple[str, ...] = ()) -> NativeKernels:
     """The kernels of `requests`, built or found in the cache, and loaded; extra_flags: of the compiler, for launcher and kernels."""
     if not requests:
-        return NativeKernels(frozenset())
+        return NO_KERNELS
     torch_compile, torch_link = torch_flags()
     flags = BASE_FLAGS + torch_compile + extra_flags
     launcher = Build("kvc_launcher", launcher_sources(), flags, toolchain, torch_link, (torch.__version__,))
@@ -129,7 +135,8 @@ def build_kernels(requests: Sequence[Request], isa: Isa, toolchain: Toolchain, e
         load_launcher(path)
     kernels = Build("kvc_kernels", library_sources(requests), BASE_FLAGS + isa_flags(isa) + extra_flags, toolchain)
     with _built(kernels, "kernels") as path:
-        return load_kernels(path, [request.key for request in requests])
+        variant = int.from_bytes(hashlib.sha256(isa.encode()).digest()[:8])
+        return load_kernels(path, [request.key for request in requests], variant)
 
 
 @contextlib.contextmanager
@@ -138,23 +145,25 @@ def _built(build: Build, kind: str) -> Iterator[Path]:
         yield folder / build.library
 
 
-def _segments(graph: torch.fx.GraphModule, gemv: str | None) -> dict[str, torch.fx.GraphModule]:
-    """The distinct segments; gemv: the kernel that their linear layers call, None for torch's."""
+def _segments(graph: torch.fx.GraphModule, gemv: Mapping[str, str]) -> dict[str, torch.fx.GraphModule]:
+    """The distinct segments; gemv: by dtype the kernel that their linear layers call, torch's where there is none."""
     found = {}
     for name in dict.fromkeys(str(node.target) for node in graph.graph.find_nodes(op="call_module")):
         segment = graph.get_submodule(name)
         assert isinstance(segment, torch.fx.GraphModule)
-        found[name] = segment if gemv is None else _with_kernel(segment, gemv)
+        found[name] = _with_kernels(segment, gemv)
     return found
 
 
-def _with_kernel(segment: torch.fx.GraphModule, key: str) -> torch.fx.GraphModule:
-    """The same segment, its linear layers calling the kernel `key`."""
+def _with_kernels(segment: torch.fx.GraphModule, gemv: Mapping[str, str]) -> torch.fx.GraphModule:
+    """The same segment, its linear layers calling kernels."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(segment.graph, {}))
     for node in graph.find_nodes(op="call_function", target=LINEARS):
-        node.target = torch.ops.kvc_native.linears.default
-        node.args = (*node.args, key)
+        dtype = _dtype_of(node)
+        if dtype in gemv:
+            node.target = torch.ops.kvc_native.linears.default
+            node.args = (*node.args, gemv[dtype])
     return torch.fx.GraphModule(segment, graph, class_name="Segment")
 
 

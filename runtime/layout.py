@@ -52,13 +52,14 @@ class KeyBlocks:
         numbers = LANE_BYTES // memory_HB.dtype.itemsize
         assert numbers > 0 and head_dim % numbers == 0, (memory_HB.dtype, head_dim)
         blocks = padded(slots) // BLOCK_TOKENS
-        memory_HNDLP: Tensor = memory_HB[:, : blocks * BLOCK_TOKENS * head_dim].unflatten(1, (blocks, head_dim // numbers, BLOCK_TOKENS, numbers))
+        shape = (blocks, head_dim // numbers, BLOCK_TOKENS, numbers)
+        memory_HNDLP: Tensor = memory_HB[:, : blocks * BLOCK_TOKENS * head_dim].unflatten(1, shape)
         self._key_HNLDP: Tensor = memory_HNDLP.transpose(2, 3)
         self._head_dim = head_dim
 
     def read(self, slot: int, tokens: int) -> Tensor:
         first, end = slot // BLOCK_TOKENS, padded(slot + tokens) // BLOCK_TOKENS
-        key_HTD: Tensor = self._key_HNLDP[:, first:end].reshape(-1, (end - first) * BLOCK_TOKENS, self._head_dim)
+        key_HTD: Tensor = self._key_HNLDP[:, first:end].reshape(self._key_HNLDP.shape[0], (end - first) * BLOCK_TOKENS, self._head_dim)
         return key_HTD.narrow(1, slot - first * BLOCK_TOKENS, tokens)
 
     def write(self, slot: int, key_HSD: Tensor) -> None:

@@ -22,7 +22,7 @@ from kvcompile.runtime.store import KVStore
 class Column(IntEnum):
     """What a row of the operator's table says: the KV heads of a site that share a policy, in one session."""
 
-    KERNEL = 0  # content hash of the request
+    KERNEL = 0  # NativeKernels.name as a number
     STORE = 1  # address of the store's descriptor
     HEADS = 2  # where its KV heads begin in the site's list of them
     HEAD_COUNT = 3
@@ -35,13 +35,22 @@ class Column(IntEnum):
 
 @dataclass(frozen=True)
 class NativeKernels:
-    """Loaded kernels: the requests that they serve, by content hash."""
+    """Loaded kernels: the requests that they serve, by content hash.
+
+    variant: 64 bits that stand for the instruction set they were built for; the operators find a kernel by its request's hash
+             with these bits turned over.
+    """
 
     keys: frozenset[str]
+    variant: int = 0
 
     def serve(self, group: HeadGroup) -> bool:
         """Whether a group of KV heads is attended to by a C++ kernel."""
         return group.device == "cpu" and group.request is not None and group.request.key in self.keys
+
+    def name(self, key: str) -> str:
+        """What the operators call the kernel of request `key`: 16 hexadecimal digits."""
+        return f"{int(key, 16) ^ self.variant:016x}"
 
 
 NO_KERNELS = NativeKernels(frozenset())
@@ -67,10 +76,10 @@ def _linears_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None,
     return x.new_empty(1, x.shape[1], sum(weight.shape[0] for weight in weights))
 
 
-def load_kernels(path: Path, keys: Iterable[str]) -> NativeKernels:
+def load_kernels(path: Path, keys: Iterable[str], variant: int) -> NativeKernels:
     """The kernels in a shared object.  Raises TargetError where it cannot be loaded."""
     try:
-        torch.ops.kvc_native.load(str(path))
+        torch.ops.kvc_native.load(str(path), _signed(variant))
     except RuntimeError as error:
         raise TargetError(
             Problem(
@@ -79,7 +88,7 @@ def load_kernels(path: Path, keys: Iterable[str]) -> NativeKernels:
                 "`kvcompile cache --clear` removes them; they are built again.",
             )
         ) from error
-    return NativeKernels(frozenset(keys))
+    return NativeKernels(frozenset(keys), variant)
 
 
 class NativeTable:
@@ -97,7 +106,7 @@ class NativeTable:
             for group, store in zip(site.groups, its_stores, strict=True):
                 if kernels.serve(group):
                     assert group.request is not None
-                    rows.append([_signed(group.request.key), 0, head, len(group.kv_heads), 0, 0, 0, 0, 0])
+                    rows.append([_signed(int(kernels.name(group.request.key), 16)), 0, head, len(group.kv_heads), 0, 0, 0, 0, 0])
                     self._stores.append(store)
                     count += 1
                 head += len(group.kv_heads)
@@ -145,7 +154,6 @@ def attend_native(
     torch.ops.kvc_native.attend.default(query, key, value, learnt_sinks, table, heads, out)
 
 
-def _signed(key: str) -> int:
-    """The content hash as the int64 with the same bits."""
-    number = int(key, 16)
+def _signed(number: int) -> int:
+    """The int64 with the same 64 bits."""
     return number - (1 << 64) if number >= 1 << 63 else number

@@ -1,8 +1,10 @@
-"""What holds for every test: a skip that is not expected fails the run where CI=true."""
+"""What holds for every test: a skip that is not expected fails the run where CI=true; golden texts."""
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,6 +18,7 @@ collect_ignore = ["on_triton/test_interpreted.py", "on_triton/test_compiled.py"]
 
 EXPECTED = Path(__file__).with_name("expected_skips.txt")
 _skipped: dict[str, str] = {}
+Golden = Callable[[str, str], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +36,28 @@ def own_cache(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypa
         (folder / kind).symlink_to(shared)
     monkeypatch.setenv("KVCOMPILE_CACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """golden(name, text): fails with the difference unless golden/<name> beside the test holds exactly `text`.
+
+    A name without a suffix is that of a .txt file.  `pytest --update-golden` writes the texts anew.
+    """
+
+    def check(name: str, text: str) -> None:
+        path = request.path.parent / "golden" / (name if "." in name else f"{name}.txt")
+        text = text.rstrip("\n") + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        kept = path.read_text(encoding="utf-8") if path.exists() else ""
+        if kept != text:
+            diff = difflib.unified_diff(kept.splitlines(), text.splitlines(), f"golden/{path.name}", "now", lineterm="")
+            pytest.fail("\n".join([*diff, "", "If the change is meant: pytest --update-golden, and read the difference in git."]))
+
+    return check
 
 
 def expected_skips() -> dict[str, str]:

@@ -33,7 +33,8 @@ class Bytes:
 
 @pytest.fixture(scope="module")
 def model():
-    return kvcompile.compile(toys.llama(layers=1), spec={"kvcompile": 1, "verify": {"tokens": 16}, "seed": 3, "target": {"segments": "eager"}}, tokenizer=Bytes())
+    spec = {"kvcompile": 1, "verify": {"tokens": 16}, "seed": 3, "target": {"segments": "eager"}}
+    return kvcompile.compile(toys.llama(layers=1), spec=spec, tokenizer=Bytes())
 
 
 @pytest.fixture

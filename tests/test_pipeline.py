@@ -89,7 +89,8 @@ def test_compile_and_run_passes_dump_too(tmp_path):
     run_passes({"kvcompile": 1}, module=toys.gated(inner=(16,)), stop_after="check_token_wise", dump=tmp_path / "a")
     assert (tmp_path / "a" / "03-check_token_wise.txt").exists()
     assert not (tmp_path / "a" / "04-assign_policies.txt").exists()
-    kvcompile.compile(toys.gated(inner=(16,)), spec={"kvcompile": 1, "verify": {"tokens": 16}, "target": {"segments": "eager"}}, dump=str(tmp_path / "b"))
+    spec = {"kvcompile": 1, "verify": {"tokens": 16}, "target": {"segments": "eager"}}
+    kvcompile.compile(toys.gated(inner=(16,)), spec=spec, dump=str(tmp_path / "b"))
     assert (tmp_path / "b" / f"{len(NAMES):02d}-outline_segments.svg").exists()
 
 

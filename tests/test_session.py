@@ -28,7 +28,8 @@ WINDOW = 16  # tokens that a `short` head holds
 @functools.cache
 def compiled(rule: str, chunk_tokens: int = 2048, deterministic: bool = False, kernels: str = "generated") -> CompiledModel:
     """full: everything; duo, back: KV head 0 streams, head 1 is full; streaming: every head streams."""
-    sections = {"prefill": {"chunk_tokens": chunk_tokens}, "target": {"deterministic": deterministic, "segments": "eager", "kernels": kernels}}
+    target = {"deterministic": deterministic, "segments": "eager", "kernels": kernels}
+    sections = {"prefill": {"chunk_tokens": chunk_tokens}, "target": target}
     heads = [{"policy": RULES[rule], **({} if rule in ("full", "streaming") else {"kv_heads": 0})}]
     policies = {name: policy for name, policy in POLICIES.items() if name == RULES[rule]}
     spec = {"kvcompile": 1, "verify": {"tokens": 16}, "policies": policies, "heads": heads, **sections}

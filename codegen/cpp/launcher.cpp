@@ -1,6 +1,6 @@
 // The operators that a compiled model calls, on torch's stable ABI: one build serves every torch from 2.11 on.
 //
-//   kvc_native::load(path)       makes the kernels of a shared object known by their content hash
+//   kvc_native::load(...)        makes the kernels of a shared object known by their content hash
 //   kvc_native::attend(...)      appends new tokens to the stores of one site and attends over them, for all sessions of a call
 //   kvc_native::linears(...)     linear layers of one input; few tokens go to a generated kernel, many to torch
 //
@@ -19,6 +19,7 @@
 #include <iterator>
 #include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -32,13 +33,14 @@ namespace {
 
 constexpr int64_t kInlineTokens = 512;  // so little work is done at once by the calling thread
 
-std::mutex loading;
+std::shared_mutex loading;
 std::unordered_map<uint64_t, const KvcAttendKernel *> attend_kernels;
 std::unordered_map<uint64_t, const KvcLinearKernel *> linear_kernels;
 
-// Loads a shared object of generated kernels; returns how many it holds.  Loading it again changes nothing.
-int64_t load(std::string path) {
-  const std::lock_guard<std::mutex> lock(loading);
+// Loads a shared object of generated kernels; returns how many it holds.  A kernel is called by its content hash, of which the
+// bits of `variant` are turned over: one request built for two instruction sets is two kernels.
+int64_t load(std::string path, int64_t variant) {
+  const std::unique_lock<std::shared_mutex> lock(loading);
   void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   STD_TORCH_CHECK(library, "cannot load ", path, ": ", dlerror());
   using List = const KvcKernels *(*)();
@@ -46,9 +48,17 @@ int64_t load(std::string path) {
   STD_TORCH_CHECK(list, path, " holds no kernels of kvcompile");
   const KvcKernels *kernels = list();
   STD_TORCH_CHECK(kernels->version == kKernelVersion, path, " was made for another version of the launcher");
-  for (int64_t i = 0; i < kernels->attends; i++) attend_kernels.insert({kernels->attend[i]->key, kernels->attend[i]});
-  for (int64_t i = 0; i < kernels->linears; i++) linear_kernels.insert({kernels->linear[i]->key, kernels->linear[i]});
+  for (int64_t i = 0; i < kernels->attends; i++) attend_kernels[kernels->attend[i]->key ^ variant] = kernels->attend[i];
+  for (int64_t i = 0; i < kernels->linears; i++) linear_kernels[kernels->linear[i]->key ^ variant] = kernels->linear[i];
   return kernels->attends + kernels->linears;
+}
+
+// The kernel that was loaded under a key, or null.
+template <class Kernel>
+const Kernel *find_kernel(const std::unordered_map<uint64_t, const Kernel *> &kernels, uint64_t key) {
+  const std::shared_lock<std::shared_mutex> lock(loading);
+  const auto found = kernels.find(key);
+  return found == kernels.end() ? nullptr : found->second;
 }
 
 // Stores are described by int64 words, which runtime/descriptor.py writes:
@@ -438,9 +448,8 @@ void attend(const Tensor &query, const Tensor &key, const Tensor &value, const s
   for (size_t i = 0; i < groups.size(); i++) {
     const int64_t *row = (const int64_t *)table.data_ptr() + i * kColumnCount;
     Group &group = groups[i];
-    const auto kernel = attend_kernels.find((uint64_t)row[kKernel]);
-    STD_TORCH_CHECK(kernel != attend_kernels.end(), "no kernel is loaded for this attention");
-    group.kernel = kernel->second;
+    group.kernel = find_kernel(attend_kernels, row[kKernel]);
+    STD_TORCH_CHECK(group.kernel, "no kernel is loaded for this attention");
     STD_TORCH_CHECK(one_type && type == number_type(group.kernel->query_bytes), "the kernel is for other types");
     STD_TORCH_CHECK(group.kernel->head_dim == query.size(3) && group.kernel->head_dim == key.size(3) &&
                         group.kernel->value_dim == value.size(3) && group.kernel->value_dim == out.size(3) &&
@@ -478,9 +487,9 @@ Tensor concatenate(const std::vector<Tensor> &parts) {
 Tensor linears(const Tensor &x, const std::vector<Tensor> &weights, const std::optional<std::vector<Tensor>> &some_biases,
                std::string key) {
   const std::vector<Tensor> biases = some_biases.value_or(std::vector<Tensor>());
-  const auto found = linear_kernels.find(std::strtoull(key.c_str(), nullptr, 16));
-  STD_TORCH_CHECK(found != linear_kernels.end(), "no kernel is loaded for these linear layers");
-  const KvcLinearKernel &kernel = *found->second;
+  const KvcLinearKernel *const found = find_kernel(linear_kernels, std::strtoull(key.c_str(), nullptr, 16));
+  STD_TORCH_CHECK(found, "no kernel is loaded for these linear layers");
+  const KvcLinearKernel &kernel = *found;
   STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == 1, "x must be [1, tokens, in]");
   STD_TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()),
                   "each weight or none must have a bias of its own");
@@ -522,7 +531,7 @@ Tensor linears(const Tensor &x, const std::vector<Tensor> &weights, const std::o
 }  // namespace
 
 STABLE_TORCH_LIBRARY(kvc_native, m) {
-  m.def("load(str path) -> int");
+  m.def("load(str path, int variant) -> int");
   m.def("attend(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, Tensor table, Tensor heads, Tensor(a!) out) -> ()");
   m.def("linears(Tensor x, Tensor[] weights, Tensor[]? biases, str kernel) -> Tensor");
 }

@@ -107,7 +107,8 @@ torch.manual_seed(0)
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, max_position_embeddings=512)
 model = LlamaForCausalLM(config).eval()
-compiled = kvcompile.compile(model, spec={"kvcompile": 1, "heads": [{"policy": "full"}], "verify": {"tokens": 32}, "target": {"segments": "eager"}})
+spec = {"kvcompile": 1, "heads": [{"policy": "full"}], "verify": {"tokens": 32}, "target": {"segments": "eager"}}
+compiled = kvcompile.compile(model, spec=spec)
 tokens = torch.arange(20) % 64
 session = compiled.session()
 session.prefill(tokens[:-1])

@@ -71,7 +71,8 @@ def test_a_step_beyond_the_ring_reads_it_in_place(dtype):
     key, value = text(100)
     store = ring(dtype=dtype)
     feed(store, key, value, 16, 16)
-    start, end = store._keys.read(0, store._slots).data_ptr(), store._keys.read(0, store._slots).data_ptr() + store._keys.read(0, store._slots).stride(0) * HEADS * dtype.itemsize
+    slots = store._keys.read(0, store._slots)
+    start, end = slots.data_ptr(), slots.data_ptr() + slots.stride(0) * HEADS * dtype.itemsize
     shapes = set()
     for p in range(16, 60):
         spans = store.extend(key[:, p : p + 1], value[:, p : p + 1])

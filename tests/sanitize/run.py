@@ -1,0 +1,227 @@
+"""Kernels and launcher under AddressSanitizer and UndefinedBehaviorSanitizer, over stores that end at the last number they hold.
+
+python tests/sanitize/run.py            everything: what must be clean, then what must be reported (`make test-sanitize`)
+python tests/sanitize/run.py --part X   one part of it, in this process, which must have been started with the sanitizers' libraries
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvcompile.codegen.toolchain import Isa, Toolchain, find_toolchain, machine_isa, why_none
+from kvcompile.ir.policy import All, SinkRecent
+from kvcompile.ir.request import LinearRequest, Request
+from kvcompile.link import GEMV_TOKENS, build_kernels
+from kvcompile.runtime import growable, ring
+from kvcompile.runtime.descriptor import DescribedPart, Descriptor
+from kvcompile.runtime.layout import padded
+from kvcompile.runtime.native import NativeKernels
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from native import Attention, Reader, Text, assert_right
+
+FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g")
+TIMEOUT_S = 240.0
+LONG = 4096  # tokens that are appended at once, and of which only the last one attends
+FIRST, SECOND = (0,), (1,)
+# One head a group, so that each head's keys and values end where their memory does.
+SITES = {
+    "float": Attention("float32", "float32", 24, 20, 3, ((FIRST, All()), (SECOND, SinkRecent(4, 16)))),
+    "float, soft cap": Attention("float32", "float32", 80, 16, 1, ((FIRST, SinkRecent(0, 300)), (SECOND, All())), soft_cap=30.0),
+    "bfloat16": Attention("bfloat16", "bfloat16", 24, 40, 4, ((FIRST, All()), (SECOND, SinkRecent(4, 300)))),
+    "bfloat16, all options": Attention(
+        "bfloat16", "bfloat16", 64, 64, 8, ((FIRST, SinkRecent(4, 16)), (SECOND, All())), soft_cap=50.0, learnt_sinks=True
+    ),
+    "many queries": Attention("float32", "bfloat16", 16, 16, 71, ((FIRST, All()), (SECOND, SinkRecent(0, 1)))),
+}
+LINEARS = [LinearRequest("linears", "cpu", dtype, GEMV_TOKENS) for dtype in ("float32", "bfloat16")]
+
+
+class ExactStore:
+    """One head's keys and values in two blocks of memory that AddressSanitizer guards to the byte.
+
+    claimed: how many tokens more than there is memory for the descriptor says.  zone: a ring for sinks and window, else it grows.
+    """
+
+    def __init__(self, site: Attention, zone: All | SinkRecent, capacity: int, claimed: int = 0) -> None:
+        slots = capacity
+        if isinstance(zone, SinkRecent):
+            slots = zone.window_tokens + site.rollback_tokens
+        dtype = getattr(torch, site.store_dtype)
+        self.tokens = 0
+        self._key = torch.full((padded(slots) * site.head_dim,), torch.nan, dtype=dtype)
+        self._value = torch.full((slots * site.value_dim,), torch.nan, dtype=dtype)
+        addresses = self._key.data_ptr(), self._value.data_ptr(), self._key.nbytes, self._value.nbytes
+        if isinstance(zone, SinkRecent):
+            self._descriptor = Descriptor.ring(*addresses, zone.sink_tokens, slots - zone.sink_tokens + claimed)
+        else:
+            self._descriptor = Descriptor.growing([DescribedPart(*addresses, 0, capacity + claimed)])
+
+    def advance(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    def descriptor(self) -> int:
+        return self._descriptor.address
+
+
+def exact_reader(text: Text, kernels: NativeKernels, capacity: int, claimed: int = 0) -> Reader:
+    stores = [ExactStore(text.attention, zone, capacity, claimed) for _, zone in text.attention.groups]
+    return Reader(text, kernels, stores)  # type: ignore[arg-type]
+
+
+def lengths(site: Attention) -> list[int]:
+    """Where sinks, windows and chunks of keys end, and one long context."""
+    found = {1, 2, 15, 16, 17, 255, 256, 257, 511, 512, 513, LONG}
+    for _, zone in site.groups:
+        if isinstance(zone, SinkRecent):
+            found |= {zone.sink_tokens - 1, zone.sink_tokens, zone.window_tokens - 1, zone.window_tokens, zone.window_tokens + 1}
+    return sorted(length for length in found if length > 0)
+
+
+def read_in(reader: Reader, length: int, chunk: int, last_only: bool = False) -> Tensor:
+    out = torch.empty(0)
+    while reader.read < length:
+        out = reader.take(min(chunk, length - reader.read), last_only=last_only, strides="tokens")
+    return out
+
+
+def attention(kernels: NativeKernels, isa: Isa) -> None:
+    """Every length, read at once, with a last step, and in chunks, into stores with room for just that."""
+    for name, site in SITES.items():
+        text = Text(site, isa, LONG)
+        for length in lengths(site):
+            ways = ((0, length), (1, length), (3, 64 if length > 40 else 7)) if length < LONG else ((0, LONG), (1, LONG))
+            for steps, chunk in ways:
+                reader = exact_reader(text, kernels, length)
+                read_in(reader, length - min(steps, length), chunk, last_only=length == LONG or chunk == 64)
+                out = read_in(reader, length, 1, last_only=length == LONG) if steps else None
+                if out is not None and length < LONG:
+                    assert_right(out, text, length - 1)
+        print(f"  {name}: {len(lengths(site))} lengths", flush=True)
+
+
+def stores(kernels: NativeKernels, isa: Isa) -> None:
+    """The stores themselves, their memory made as long as they ask for: forks, rollbacks, further buffers."""
+    for name, site in SITES.items():
+        for capacity, rollback in ((1, 0), (33, 5), (600, 5)):
+            text = Text(replace(site, capacity_tokens=capacity, rollback_tokens=rollback), isa, 360)
+            reader = Reader(text, kernels)
+            read_in(reader, 290, 70)
+            reader.rollback(rollback)
+            fork = reader.fork()
+            for each in (reader, fork):
+                read_in(each, 310, 1)
+                assert_right(read_in(each, 345, 35)[-4:], text, 341)
+        print(f"  {name}: forks, rollbacks and further buffers", flush=True)
+
+
+def linears(kernels: NativeKernels, _isa: Isa) -> None:
+    for request in LINEARS:
+        dtype, kernel = getattr(torch, request.dtype), kernels.name(request.key)
+        for features in (1, 15, 16, 24, 32, 50, 576):
+            for outs in ((1,), (3,), (8, 1, 40), (1000,)):
+                weights = [torch.randn(out, features).to(dtype) for out in outs]
+                for biases in ([], [torch.randn(out).to(dtype) for out in outs]):
+                    for tokens in range(GEMV_TOKENS + 2):
+                        torch.ops.kvc_native.linears(torch.randn(1, tokens, features).to(dtype), weights, biases, kernel)
+    print("  linear layers", flush=True)
+
+
+def beyond_keys(kernels: NativeKernels, isa: Isa) -> None:
+    """Must be reported: a descriptor of one token more than there is memory for; the 17th key is in a block of its own."""
+    read_in(exact_reader(Text(SITES["float"], isa, 17), kernels, 16, claimed=1), 17, 17)
+
+
+def beyond_values(kernels: NativeKernels, isa: Isa) -> None:
+    """Must be reported: the same where the block of keys has room for the token, and the values have not."""
+    read_in(exact_reader(Text(SITES["bfloat16"], isa, 18), kernels, 17, claimed=1), 18, 1)
+
+
+def beyond_ring(kernels: NativeKernels, isa: Isa) -> None:
+    """Must be reported: a ring whose window is described as one slot longer."""
+    read_in(exact_reader(Text(SITES["bfloat16, all options"], isa, 21), kernels, 21, claimed=1), 21, 1)
+
+
+CLEAN = {"attention": attention, "stores": stores, "linears": linears}
+REPORTED = {"beyond_keys": beyond_keys, "beyond_values": beyond_values, "beyond_ring": beyond_ring}
+Part = Callable[[NativeKernels, Isa], None]
+
+
+def run_part(name: str) -> None:
+    os.environ.pop("LD_PRELOAD", None)  # the compiler runs without
+    toolchain = _toolchain()
+    isa = machine_isa()
+    torch.set_num_threads(2)
+    # memory as long as it is asked for, and no page of it given away: a page of the heap may hold other things
+    exact = {
+        "reserve": lambda nbytes: torch.empty(nbytes, dtype=torch.uint8),
+        "_whole_pages": lambda nbytes: nbytes,
+        "_aligned": lambda nbytes: nbytes,
+        "release_tail": lambda _tail: 0,
+    }
+    for module in (growable, ring):
+        for word, function in exact.items():
+            if hasattr(module, word):
+                setattr(module, word, function)
+    wanted: dict[str, Request] = {request.key: request for site in SITES.values() for request in site.requests(isa)}
+    wanted.update({request.key: request for request in LINEARS})
+    kernels = build_kernels(list(wanted.values()), isa, toolchain, FLAGS)
+    part: Part = {**CLEAN, **REPORTED}[name]
+    part(kernels, isa)
+
+
+def start(name: str) -> subprocess.CompletedProcess[str]:
+    libraries = [_library(each) for each in ("libasan.so", "libubsan.so")]
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "LD_PRELOAD": " ".join(libraries)}
+    command = [sys.executable, __file__, "--part", name]
+    return subprocess.run(
+        command, env={**os.environ, **options}, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
+    )
+
+
+def _library(name: str) -> str:
+    asked = [_toolchain().command, f"-print-file-name={name}"]
+    return str(Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()).resolve())
+
+
+def _toolchain() -> Toolchain:
+    found = find_toolchain()
+    if found is None or found.kind != "gcc":
+        sys.exit(f"test-sanitize needs g++: {why_none() or 'the compiler is another'}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=[*CLEAN, *REPORTED])
+    given = parser.parse_args(arguments)
+    if given.part:
+        run_part(given.part)
+        return 0
+    failed = []
+    for name in (*CLEAN, *REPORTED):
+        begin = time.monotonic()
+        ran = start(name)
+        found = "ERROR: AddressSanitizer: heap-buffer-overflow" in ran.stderr
+        right = ran.returncode == 0 if name in CLEAN else ran.returncode != 0 and found
+        what = "clean" if ran.returncode == 0 else "reported" if found else f"ended with {ran.returncode}"
+        print(f"{name}: {what} {'' if right else ', WRONG'}({time.monotonic() - begin:.0f} s)\n{ran.stdout}", end="", flush=True)
+        if not right:
+            failed.append(name)
+            print(ran.stderr[-6000:])
+    print(f"sanitizers: {'FAILED ' + ', '.join(failed) if failed else 'passed'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
