@@ -23,7 +23,7 @@ from kvcompile.ir.request import KernelRequest
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.link import build_kernels
 from kvcompile.runtime.growable import GrowableStore
-from kvcompile.runtime.native import NativeKernels, NativeTable, attend_native, site_heads
+from kvcompile.runtime.native import NativeKernels, NativeTable, attend_native, native_sites
 
 BYTES = 1 << 30
 SHAPES = [(64, 3, 3), (128, 8, 4)]  # head_dim, KV heads, queries a KV head: SmolLM2-135M, Llama-3.1-8B
@@ -49,7 +49,7 @@ class Sites:
             for _ in range(context // 1024):  # a piece at a time: the copies would double the memory
                 store.extend(*torch.randn(2, kv_heads, 1024, head_dim).to(number))
         self.tables = [NativeTable(plan, kernels, [[store]]) for store in self.stores]
-        self.heads = site_heads(plan)[0]
+        self.heads = native_sites(plan, kernels)[0].heads
         self.query = torch.randn(1, kv_heads * group, 1, head_dim).to(number)
         self.new = torch.randn(1, kv_heads, 1, head_dim).to(number)
         self.out = self.query.new_empty(1, 1, kv_heads * group, head_dim)

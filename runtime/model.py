@@ -19,7 +19,7 @@ from kvcompile.runtime.generation import Generation, complete, generate
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.layout import KeyLayout
 from kvcompile.runtime.merge import apply_learnt_sinks
-from kvcompile.runtime.native import NO_KERNELS, NativeKernels, NativeTable, attend_native, site_heads
+from kvcompile.runtime.native import NO_KERNELS, NativeKernels, NativeSite, NativeTable, attend_native, native_sites
 from kvcompile.runtime.program import Program
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.session import Session, Tokens, as_token_ids
@@ -64,9 +64,9 @@ class CompiledModel:
         return Session(self, stores, [])
 
     @functools.cached_property
-    def heads(self) -> list[Tensor]:
-        """The KV heads of each site in the order of its groups."""
-        return site_heads(self.plan)
+    def native_sites(self) -> list[NativeSite]:
+        """Of each site, which part the C++ kernels serve."""
+        return native_sites(self.plan, self.kernels)
 
     @torch.no_grad()
     def forward(self, batch: Sequence[tuple[Session, Tensor]], *, logits_of: str = "last") -> Tensor:
@@ -98,11 +98,13 @@ class CompiledModel:
         sessions = [session for session, _ in batch]
         before = [len(session) for session in sessions]
         lengths = [len(ids) for _, ids in batch]
-        ends = torch.tensor(lengths).cumsum(0)
-        wanted = ends - 1 if logits_of == "last" else None
-        positions = torch.cat([torch.arange(start, start + n) for start, n in zip(before, lengths, strict=True)])
-        call = PackedCall.begin(self, sessions, before, lengths, only_last=logits_of == "last")
-        input_ids = torch.cat([ids for _, ids in batch])[None]
+        if max(lengths) == 1:  # every token is a session's last one
+            positions, wanted = torch.tensor(before), None
+        else:
+            positions = torch.cat([torch.arange(start, start + n) for start, n in zip(before, lengths, strict=True)])
+            wanted = torch.tensor(lengths).cumsum(0) - 1 if logits_of == "last" else None
+        call = PackedCall.begin(self, sessions, before, lengths, only_last=wanted is not None)
+        input_ids = (batch[0][1] if len(batch) == 1 else torch.cat([ids for _, ids in batch]))[None]
         logits = self.program.run(input_ids, positions[None], call.attend, wanted)[0].float()
         for session, ids in batch:
             session.tokens.extend(ids.tolist())
@@ -163,13 +165,13 @@ class PackedCall:
 
     def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, final: bool) -> Tensor:
         """out [1, rows, query_heads, value_dim]; rows are all tokens, at the final site only those whose logits are wanted."""
-        facts = self.model.plan.sites[site].site
         last_only = final and self.only_last
-        out = query.new_empty(1, len(self.sessions) if last_only else query.shape[2], facts.query_heads, facts.value_dim)
-        tables = [table.sites[site] for table in self.tables]
-        if len(tables[0]):
-            attend_native(query, key, value, None if sinks is None else sinks.float(), tables, self.model.heads[site], out)
-        if len(tables[0]) < len(self.model.plan.sites[site].groups):
+        out = query.new_empty(1, len(self.sessions) if last_only else query.shape[2], query.shape[1], value.shape[3])
+        native = self.model.native_sites[site]
+        if native.some:
+            tables = [table.sites[site] for table in self.tables]
+            attend_native(query, key, value, None if sinks is None else sinks.float(), tables, native.heads, out)
+        if not native.all:
             self._attend_in_torch(site, query, key, value, sinks, last_only, out)
         return out
 

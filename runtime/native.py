@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,9 +139,22 @@ class NativeTable:
         final[:, Column.OUT_ROW] = row
 
 
-def site_heads(plan: Plan) -> list[Tensor]:
-    """The KV heads of each site in the order of its groups, int64 [kv_heads]."""
-    return [torch.tensor([head for group in site.groups for head in group.kv_heads], dtype=torch.int64) for site in plan.sites]
+class NativeSite(NamedTuple):
+    """heads: the KV heads of a site in the order of its groups, int64 [kv_heads]; whether kernels serve some, all of its groups."""
+
+    heads: Tensor
+    some: bool
+    all: bool
+
+
+def native_sites(plan: Plan, kernels: NativeKernels) -> list[NativeSite]:
+    """What the kernels serve of each site."""
+    found = []
+    for site in plan.sites:
+        served = [kernels.serve(group) for group in site.groups]
+        heads = torch.tensor([head for group in site.groups for head in group.kv_heads], dtype=torch.int64)
+        found.append(NativeSite(heads, any(served), all(served)))
+    return found
 
 
 def attend_native(
@@ -148,7 +162,7 @@ def attend_native(
 ) -> None:
     """Appends and attends for every row of `tables` (one [R, columns] a session), into `out` [1, rows, query_heads, value_dim].
 
-    query [1, query_heads, tokens, head_dim]; key, value [1, kv_heads, tokens, ...]; heads: see `site_heads`.
+    query [1, query_heads, tokens, head_dim]; key, value [1, kv_heads, tokens, ...]; heads: NativeSite's.
     """
     table = tables[0] if len(tables) == 1 else torch.cat(list(tables))
     torch.ops.kvc_native.attend.default(query, key, value, learnt_sinks, table, heads, out)

@@ -5,6 +5,7 @@ Batch is 1 and all sessions' tokens are packed along the token dimension, each w
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,12 +77,11 @@ AttendFunction = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, bool], Te
 class Program:
     """Steps over numbered slots; slots 0 and 1 are input_ids and position_ids.
 
-    weights: slot to tensor.  Segments are bound to theirs; `learnt_sinks` are those that sites read.
+    weights: slot to tensor.  Segments are bound to theirs; sites read their learnt sinks here.
     """
 
     steps: tuple[CallSegment | Attend, ...]
     weights: Mapping[int, Tensor]
-    learnt_sinks: Mapping[int, Tensor]
     result: int
 
     @classmethod
@@ -123,8 +123,12 @@ class Program:
                 frees = tuple(slots[a] for a in _last_used(node, last_use))
                 steps.append(Attend(site, slots[query], slots[key], slots[value], slots[sinks] if sinks else None, slots[node], frees))
         (output,) = module.graph.find_nodes(op="output")
-        read = {step.learnt_sinks for step in steps if isinstance(step, Attend)}
-        return cls(tuple(steps), weights, {slot: weight for slot, weight in weights.items() if slot in read}, slots[output.args[0]])
+        return cls(tuple(steps), weights, slots[output.args[0]])
+
+    @functools.cached_property
+    def final_site(self) -> int:
+        """The place of the last attention among the steps; -1 when there is none."""
+        return max((place for place, step in enumerate(self.steps) if isinstance(step, Attend)), default=-1)
 
     def run(self, input_ids: Tensor, position_ids: Tensor, attend: AttendFunction, wanted: Tensor | None) -> Tensor:
         """Logits [1, rows, vocabulary] of the tokens numbered by `wanted` [rows] (None: of all tokens).
@@ -132,12 +136,11 @@ class Program:
         input_ids, position_ids: [1, tokens] int64.  The last site is asked for the wanted rows only, and the last
         segment runs on them only: logits of 8,192 tokens over 49,152 words would be 1.6 GB.
         """
-        values: dict[int, Tensor] = dict(self.learnt_sinks)
-        values[0], values[1] = input_ids, position_ids
-        final_site = max((place for place, step in enumerate(self.steps) if isinstance(step, Attend)), default=-1)
+        values: dict[int, Tensor] = {0: input_ids, 1: position_ids}
+        final_site = self.final_site
         for place, step in enumerate(self.steps):
             if isinstance(step, Attend):
-                sinks = values[step.learnt_sinks] if step.learnt_sinks is not None else None
+                sinks = self.weights[step.learnt_sinks] if step.learnt_sinks is not None else None
                 query, key, value = values[step.query], values[step.key], values[step.value]
                 for slot in step.frees:
                     del values[slot]

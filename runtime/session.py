@@ -25,6 +25,8 @@ def as_token_ids(tokens: Tokens, vocabulary: int | None = None) -> Tensor:
     Takes an int, a list or tuple of ints, or a 1-D integer tensor (a 0-D one and [1, n] are taken too).
     Raises SessionError for no token at all, another shape, fractions, or an id outside the vocabulary.
     """
+    if type(tokens) is int and vocabulary is not None and 0 <= tokens < vocabulary:  # once a token: as quick as can be
+        return torch.tensor([tokens])
     mend = "Give an int, a list or tuple of ints, or a 1-D integer tensor."
     try:
         ids = torch.as_tensor([tokens] if isinstance(tokens, int) else tokens)

@@ -20,7 +20,7 @@ from kvcompile.ir.request import KernelRequest
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.runtime import reference
 from kvcompile.runtime.model import make_store
-from kvcompile.runtime.native import NativeKernels, NativeTable, attend_native, site_heads
+from kvcompile.runtime.native import NativeKernels, NativeTable, attend_native, native_sites
 from kvcompile.runtime.store import KVStore
 
 # The launcher knows a kernel by its request alone, so another instruction set needs another request: its scale is another.
@@ -152,7 +152,7 @@ class Reader:
         (site,) = plan.sites
         self.stores = [make_store(site, group, True) for group in site.groups] if stores is None else stores
         self.table = NativeTable(plan, kernels, [self.stores])
-        (self.heads,) = site_heads(plan)
+        self.heads = native_sites(plan, kernels)[0].heads
 
     def fork(self, text: Text | None = None) -> Reader:
         """text: what the fork reads on, if that is another."""
