@@ -108,8 +108,6 @@ def compile(
         tokenizer = tokenizer if tokenizer is not None else opened.tokenizer()
     assert module is not None and unit.plan is not None
     linked = link(unit.graph, (unit.plan, full_plan(unit.plan)), checked, stages.stage)
-    for line in linked.warnings:
-        stages.progress(line)
     compiled = CompiledModel(
         program=linked.program,
         plan=unit.plan,

@@ -152,8 +152,18 @@ def _generate(job: Job, model: CompiledModel, number: int, output: Output) -> di
     if len(job.prompts) > 1:
         output.aside(f"prompt {number + 1} of {len(job.prompts)}:")
     output.settle()
+
+    def on_chunk(read: int, total: int) -> None:
+        if read < total:
+            output.progress(f"reading the prompt: {read} of {total} tokens")
+
     made = model.complete(
-        prompt, max_new_tokens=job.max_new_tokens, temperature=job.temperature, chat=job.chat, on_text=output.piece
+        prompt,
+        max_new_tokens=job.max_new_tokens,
+        temperature=job.temperature,
+        chat=job.chat,
+        on_text=output.piece,
+        on_chunk=on_chunk,
     )
     output.say()
     output.aside(_cost(made))
