@@ -49,7 +49,7 @@ class Sites:
             for _ in range(context // 1024):  # a piece at a time: the copies would double the memory
                 store.extend(*torch.randn(2, kv_heads, 1024, head_dim).to(number))
         self.tables = [NativeTable(plan, kernels, [[store]]) for store in self.stores]
-        self.heads = native_sites(plan, kernels)[0].heads
+        self.heads = native_sites(plan, kernels)[0].kv_heads
         self.query = torch.randn(1, kv_heads * group, 1, head_dim).to(number)
         self.new = torch.randn(1, kv_heads, 1, head_dim).to(number)
         self.out = self.query.new_empty(1, 1, kv_heads * group, head_dim)
@@ -57,7 +57,9 @@ class Sites:
 
     def step(self) -> None:
         for store, table in zip(self.stores, self.tables, strict=True):
-            table.advance(1, 0, store.tokens)
+            before = store.tokens
+            table.count_growing(1)
+            table.count_rings(1, 0, before)
             attend_native(self.query, self.new, self.new, None, table.sites, self.heads, self.out)
 
     def buffers(self) -> list[Tensor]:

@@ -6,14 +6,10 @@ Weights stay inputs, so equal layers share one binary.  Activations are compiled
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from kvcompile.codegen.toolchain import Toolchain
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
 from kvcompile.ir.segment_description import TOKENS, SegmentDescription, TensorLayout, cpu_features, machine
 from kvcompile.ir.tokens import fake_value, token_dimensions
@@ -30,19 +27,18 @@ _EXAMPLE_TOKENS = 24  # an example of one token would make a binary for one toke
 _FORMAT = 1  # of keys and descriptions; a change of either, or of how segments are compiled, counts it up
 
 
-def can_compile() -> str | None:
-    """Why AOTInductor cannot be used here, in words; None when it can."""
+def can_compile(toolchain: Toolchain) -> str | None:
+    """Why AOTInductor cannot compile with this compiler here, in words; None when it can."""
     if sys.platform not in ("linux", "darwin"):
         return f"segments are compiled on Linux and macOS only, this is {platform.system()}"
-    compiler = _compiler()
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler: {compiler} is not on PATH"
-    if not _compiler_version(compiler):
-        return f"the C++ compiler does not run: {compiler} --version failed"
+    if toolchain.options:
+        return f"AOTInductor takes a compiler without options, not CXX={toolchain.command} {' '.join(toolchain.options)}"
     return None
 
 
-def compile_segment(segment: torch.fx.GraphModule, path: Path, threads: int | None = None) -> SegmentDescription:
+def compile_segment(
+    segment: torch.fx.GraphModule, path: Path, toolchain: Toolchain, threads: int | None = None
+) -> SegmentDescription:
     """Compiles a segment that `outline_segments` made into the package `path` (*.pt2); takes 6 to 15 s.
 
     threads: that the binary's own loops run on, fixed in the binary (None: `torch.get_num_threads()`).
@@ -55,7 +51,7 @@ def compile_segment(segment: torch.fx.GraphModule, path: Path, threads: int | No
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.13 warns of its own deprecated names
             exported = _export(segment)
-            _package(exported, path, threads)
+            _package(exported, path, toolchain, threads)
     except Exception as error:  # export, Inductor and the compiler raise dozens of classes; the caller sees one
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         what = f"AOTInductor cannot compile it: {type(error).__name__}: {reason}"
@@ -71,11 +67,11 @@ def compile_segment(segment: torch.fx.GraphModule, path: Path, threads: int | No
         machine=machine(),
         cpu_features=cpu_features(),
         threads=threads,
-        compiler=_compiler_version(_compiler()),
+        compiler=toolchain.version,
     )
 
 
-def segment_key(segment: torch.fx.GraphModule, threads: int | None = None) -> str:
+def segment_key(segment: torch.fx.GraphModule, toolchain: Toolchain, threads: int | None = None) -> str:
     """A hash of all that decides the binary: the same in every process, whatever nodes and layers are called.
 
     Covers the graph with dtypes, shapes and weights' strides, torch, the processor, the compiler, and our settings.
@@ -84,7 +80,7 @@ def segment_key(segment: torch.fx.GraphModule, threads: int | None = None) -> st
         f"format {_FORMAT}",
         f"torch {torch.__version__}",
         f"cpu {machine()} {torch.backends.cpu.get_cpu_capability()} {' '.join(cpu_features())}",
-        f"compiler {_compiler_version(_compiler())}",
+        f"compiler {toolchain.kind} {toolchain.version}",
         f"settings {sorted(_settings(threads or torch.get_num_threads()).items())}",
         segment_text(segment),
     ]
@@ -187,10 +183,11 @@ def _example(value: Tensor, *, strides: bool) -> Tensor:
     return torch.zeros(sizes, dtype=value.dtype)
 
 
-def _package(exported: ExportedProgram, path: Path, threads: int) -> None:
+def _package(exported: ExportedProgram, path: Path, toolchain: Toolchain, threads: int) -> None:
     from torch._inductor import aoti_compile_and_package  # 2 s; only a compile pays for it
 
-    aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_settings(threads))
+    settings = {**_settings(threads), "cpp.cxx": (toolchain.command,)}
+    aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
 
 
 def _settings(threads: int) -> dict[str, Any]:
@@ -205,17 +202,3 @@ def _settings(threads: int) -> dict[str, Any]:
 def _most_tokens(exported: ExportedProgram) -> int:
     bounds = [int(bound.upper) for bound in exported.range_constraints.values() if str(bound.upper).isdecimal()]
     return min([MAX_TOKENS, *bounds])
-
-
-def _compiler() -> str:
-    """The compiler that Inductor takes."""
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-
-
-@cache
-def _compiler_version(compiler: str) -> str:
-    try:
-        ran = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return ran.stdout.partition("\n")[0].strip()

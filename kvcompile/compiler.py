@@ -121,7 +121,7 @@ def compile(
         warnings=(*unit.warnings, *linked.warnings),
         explanation=_explain,
     )
-    compiled = replace(compiled, verification=_verified(compiled, module, unit.graph, opened, stages))
+    compiled = replace(compiled, verification=_verified(compiled, module, unit.graph, linked.built, opened, stages))
     report_compiled(compiled, contexts)
     return compiled
 
@@ -259,12 +259,17 @@ def _stop_tokens(module: nn.Module) -> tuple[int, ...]:
 
 
 def _verified(
-    compiled: CompiledModel, module: nn.Module, graph: torch.fx.GraphModule, opened: OpenedModel | None, stages: _Stages
+    compiled: CompiledModel,
+    module: nn.Module,
+    graph: torch.fx.GraphModule,
+    built: tuple[str, ...],
+    opened: OpenedModel | None,
+    stages: _Stages,
 ) -> Verification:
     """The kept record of an earlier verification if nothing changed since, else a new one."""
     key = None
     if opened is not None:
-        key = record_key(opened.hash, compiled, graph)
+        key = record_key(opened.hash, compiled, graph, built)
         kept = cache.recall("verified", key)
         if kept is not None:
             with contextlib.suppress(KeyError, TypeError):

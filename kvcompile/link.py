@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,10 +38,15 @@ _PACKAGE, _DESCRIPTION = "segment.pt2", "segment.json"
 
 @dataclass(frozen=True)
 class Linked:
-    """A program ready to run.  warnings: what runs slower than it could, and why."""
+    """A program ready to run.
+
+    built:    hashes of all that was built for it, and the names of segments that run eagerly.
+    warnings: what runs slower than it could, and why.
+    """
 
     program: Program
     kernels: NativeKernels
+    built: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -47,35 +54,36 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
     """Builds, or finds in the cache, what the outlined graph and the plans ask for.
 
     plans: all that will run on the program.
-    Raises TargetError where `target.isa` names instructions that this processor lacks.
+    Raises TargetError where `target.isa` names instructions that this processor lacks, or $CXX does not work.
     """
     isa = _isa(spec)
-    requests = _requests(graph, plans)
-    refusals = sorted({words for request in requests if (words := refusal(request)) is not None})
-    warnings = [f"{words}; it runs in torch, which is slower." for words in refusals]
-    requests = [request for request in requests if refusal(request) is None]
+    target = spec.target
+    toolchain = find_toolchain() if (target.kernels, target.segments) != ("torch", "eager") else None
+    warnings, built = [], []
+    if toolchain is None and (target.kernels, target.segments) != ("torch", "eager"):
+        warnings.append(f"{why_none()}: everything runs in torch, uncompiled, which is slower. Install g++, or set CXX.")
     kernels, gemv = NO_KERNELS, {}
-    if spec.target.kernels == "torch":
-        toolchain = None
-    else:
-        toolchain = find_toolchain()
-        if toolchain is None:
-            warnings = [f"{why_none()}: attention and linear layers run in torch, which is slower. Install g++, or set CXX."]
-    if toolchain is not None:
+    if toolchain is not None and target.kernels == "generated":
+        requests = _requests(graph, plans)
+        refusals = sorted({words for request in requests if (words := refusal(request)) is not None})
+        warnings += [f"{words}: torch runs instead, which is slower." for words in refusals]
+        requests = [request for request in requests if refusal(request) is None]
         try:
             with stage("kernels", "building kernels"):
-                kernels = build_kernels(requests, isa, toolchain)
+                kernels = build_kernels(requests, isa, toolchain, warnings=warnings, built=built)
                 gemv = {request.dtype: kernels.name(request.key) for request in requests if isinstance(request, LinearRequest)}
         except BuildError as error:
             warnings.append(f"the kernels could not be built, so torch runs instead, which is slower. {error}")
     segments = _segments(graph, gemv)
-    if spec.target.segments == "compiled" and toolchain is not None:
+    loaded: dict[str, Segment] = {}
+    if toolchain is not None and target.segments == "compiled":
         with stage("segments", "compiling segments"):
-            loaded, notes = _compiled(segments)
-        warnings += notes
-    else:
-        loaded = {name: EagerSegment(module) for name, module in segments.items()}
-    return Linked(Program.from_graph(graph, loaded), kernels, tuple(warnings))
+            loaded = _compiled(segments, toolchain, warnings, built)
+    for name, module in segments.items():
+        if name not in loaded:
+            loaded[name] = EagerSegment(module)
+            built.append(f"{name} eager")
+    return Linked(Program.from_graph(graph, loaded), kernels, tuple(built), tuple(warnings))
 
 
 def kernel_sources(graph: torch.fx.GraphModule, plan: Plan) -> dict[str, str]:
@@ -124,25 +132,57 @@ def _dtype_of(node: torch.fx.Node) -> str:
     return str(fake_value(node).dtype).removeprefix("torch.")
 
 
-def build_kernels(requests: Sequence[Request], isa: Isa, toolchain: Toolchain, extra_flags: tuple[str, ...] = ()) -> NativeKernels:
-    """The kernels of `requests`, built or found in the cache, and loaded; extra_flags: of the compiler, for launcher and kernels."""
+def build_kernels(
+    requests: Sequence[Request],
+    isa: Isa,
+    toolchain: Toolchain,
+    extra_flags: tuple[str, ...] = (),
+    *,
+    warnings: list[str] | None = None,
+    built: list[str] | None = None,
+) -> NativeKernels:
+    """The kernels of `requests`, built or found in the cache, and loaded.
+
+    extra_flags: of the compiler, for launcher and kernels.  warnings, built: get a line for what could not be kept, and the
+    hashes of what is loaded.
+    """
     if not requests:
         return NO_KERNELS
     torch_compile, torch_link = torch_flags()
     flags = BASE_FLAGS + torch_compile + extra_flags
     launcher = Build("kvc_launcher", launcher_sources(), flags, toolchain, torch_link, (torch.__version__,))
-    with _built(launcher, "launcher") as path:
-        load_launcher(path)
     kernels = Build("kvc_kernels", library_sources(requests), BASE_FLAGS + isa_flags(isa) + extra_flags, toolchain)
-    with _built(kernels, "kernels") as path:
+    if built is not None:
+        built += [launcher.key, kernels.key]
+    with _kept(launcher.key, partial(_build, launcher), "launcher", warnings) as folder:
+        load_launcher(folder / launcher.library)
+    with _kept(kernels.key, partial(_build, kernels), "kernels", warnings) as folder:
         variant = int.from_bytes(hashlib.sha256(isa.encode()).digest()[:8])
-        return load_kernels(path, [request.key for request in requests], variant)
+        return load_kernels(folder / kernels.library, [request.key for request in requests], variant)
+
+
+def _build(build: Build, folder: Path) -> None:
+    try:
+        build.into(folder, keep=cache.failed(build.key))
+    except OSError as error:  # nothing could be kept of it either
+        mend = "Set KVCOMPILE_CACHE_DIR to a folder that you may write to."
+        raise BuildError.at(str(folder), f"{error.strerror or error}.", mend) from error
 
 
 @contextlib.contextmanager
-def _built(build: Build, kind: str) -> Iterator[Path]:
-    with cache.use(build.key, lambda folder: build.into(folder, keep=cache.failed(build.key)), what=f"the {kind}", kind=kind) as folder:
-        yield folder / build.library
+def _kept(key: str, build: Callable[[Path], None], kind: str, warnings: list[str] | None) -> Iterator[Path]:
+    """The folder that `build` fills: of the cache, or where that cannot be written a temporary one."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(cache.use(key, build, what=f"the {kind}", kind=kind))
+        except (BuildError, UnsupportedGraphError):
+            raise
+        except KvcompileError as error:
+            if warnings is not None:
+                warnings.append(f"the {kind} cannot be kept and will be built again next time. {error}")
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvcompile-")))
+            build(folder)
+        yield folder
 
 
 def _segments(graph: torch.fx.GraphModule, gemv: Mapping[str, str]) -> dict[str, torch.fx.GraphModule]:
@@ -167,19 +207,30 @@ def _with_kernels(segment: torch.fx.GraphModule, gemv: Mapping[str, str]) -> tor
     return torch.fx.GraphModule(segment, graph, class_name="Segment")
 
 
-def _compiled(segments: dict[str, torch.fx.GraphModule]) -> tuple[dict[str, Segment], list[str]]:
-    reason = can_compile()
+def _compiled(
+    segments: Mapping[str, torch.fx.GraphModule], toolchain: Toolchain, warnings: list[str], built: list[str]
+) -> dict[str, Segment]:
+    """The segments that could be compiled; for the others a warning."""
+    reason = can_compile(toolchain)
     if reason is not None:
-        return {name: EagerSegment(module) for name, module in segments.items()}, [f"{reason}: segments run uncompiled, which is slower."]
+        warnings.append(f"{reason}: segments run uncompiled, which is slower.")
+        return {}
     loaded: dict[str, Segment] = {}
-    notes = []
     for name, segment in segments.items():
+        key = segment_key(segment, toolchain, _loop_threads())
         try:
-            loaded[name] = _compiled_segment(segment)
-        except (UnsupportedGraphError, KvcompileError) as error:
-            loaded[name] = EagerSegment(segment)
-            notes.append(f"{name} runs uncompiled, which is slower. {error}")
-    return loaded, notes
+            with _kept(key, partial(_compile, segment, toolchain), "segments", warnings) as folder:
+                description = SegmentDescription.from_dict(json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8")))
+                loaded[name] = load_segment(folder / _PACKAGE, description)
+                built.append(key)
+        except UnsupportedGraphError as error:
+            warnings.append(f"{name} runs uncompiled, which is slower. {error}")
+    return loaded
+
+
+def _compile(segment: torch.fx.GraphModule, toolchain: Toolchain, folder: Path) -> None:
+    description = compile_segment(segment, folder / _PACKAGE, toolchain, _loop_threads())
+    (folder / _DESCRIPTION).write_text(json.dumps(description.as_dict()), encoding="utf-8")
 
 
 def _loop_threads() -> int:
@@ -189,13 +240,3 @@ def _loop_threads() -> int:
     """
     threads = torch.get_num_threads()
     return threads if threads > 2 else 1
-
-
-def _compiled_segment(segment: torch.fx.GraphModule) -> Segment:
-    def build(folder: Path) -> None:
-        description = compile_segment(segment, folder / _PACKAGE, _loop_threads())
-        (folder / _DESCRIPTION).write_text(json.dumps(description.as_dict()), encoding="utf-8")
-
-    with cache.use(segment_key(segment, _loop_threads()), build, what="a compiled segment", kind="segments") as folder:
-        description = SegmentDescription.from_dict(json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8")))
-        return load_segment(folder / _PACKAGE, description)

@@ -36,6 +36,8 @@ from kvcompile.runtime.model import CompiledModel
 from kvcompile.text_ids import text_ids
 
 STEP_TOKENS = 16
+SHORT_CHUNKS = [3, 5, *[1] * 8]  # of the last STEP_TOKENS: 2 to 4 tokens take other kernels than 1, and than 5
+BESIDE_TOKENS = 4  # the last ones are read beside another session
 LONGEST_WINDOW = 4096  # a longer sliding window is not filled: its text would take minutes to read on a CPU
 LOGIT_TOLERANCE = {"float64": 1e-6, "float32": 1e-3}  # of a largest logit of 32, in proportion beyond; logits are given as float32
 KL_TOLERANCE = {"float64": 1e-9, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-2}  # nats; half precision: the last resort
@@ -125,8 +127,11 @@ def full_plan(plan: Plan) -> Plan:
     return replace(plan, sites=unit.plan.sites, notes=unit.plan.notes)
 
 
-def record_key(model_hash: str, compiled: CompiledModel, graph: torch.fx.GraphModule) -> str:
-    """What must be unchanged for a verification to be believed again: weights, traced graph, plan, our code, the machine."""
+def record_key(model_hash: str, compiled: CompiledModel, graph: torch.fx.GraphModule, built: tuple[str, ...] = ()) -> str:
+    """What must be unchanged for a verification to be believed again: weights, traced graph, plan, our code, the machine.
+
+    built: hashes of the binaries that run (`Linked.built`), compiler included.
+    """
     code = hashlib.sha256()
     packages = ("", ".ir", ".passes", ".codegen", ".codegen.cpp", ".runtime", ".data")
     for package in packages:
@@ -137,7 +142,7 @@ def record_key(model_hash: str, compiled: CompiledModel, graph: torch.fx.GraphMo
         "model": model_hash,
         "graph": graph_text(graph),
         "plan": [asdict(site) for site in compiled.plan.sites],
-        "kernels": sorted(compiled.kernels.keys),
+        "built": list(built),
         "target": asdict(replace(compiled.spec.target, where="", memory_bytes=None)),
         "verify_tokens": compiled.spec.verify_tokens,
         "chunk_tokens": compiled.chunk_tokens,
@@ -186,12 +191,17 @@ def _kl_limit(model: nn.Module, ids: Tensor, dtype: str) -> float:
 
 
 def _prefill_and_steps(compiled: CompiledModel, ids: Tensor) -> Tensor:
-    """Logits of all tokens: two prefill chunks, then one token at a time."""
-    session = compiled.session()
-    steps = min(STEP_TOKENS, len(ids) // 2)
-    body = len(ids) - steps
-    parts = [session.prefill(ids[: body // 2], logits="all"), session.prefill(ids[body // 2 : body], logits="all")] if body > 1 else []
-    parts += [session.step(int(token))[None] for token in ids[body if body > 1 else 0 :]]
+    """Logits of all tokens: two long chunks, short ones (other kernels run them), one token at a time, at last beside another session."""
+    session, other = compiled.session(), compiled.session()
+    other.prefill(ids[:1])
+    body = max(1, len(ids) - STEP_TOKENS)
+    chunks = [*ids[:body].split(-(-body // 2)), *ids[body:].split(SHORT_CHUNKS if len(ids) - body == sum(SHORT_CHUNKS) else 1)]
+    parts = []
+    for place, chunk in enumerate(chunks):
+        if len(chunk) > 1 or place < len(chunks) - BESIDE_TOKENS:
+            parts.append(session.prefill(chunk, logits="all"))
+        else:
+            parts.append(compiled.step([session, other], [int(chunk), int(chunk)])[:1])
     return torch.cat(parts)
 
 

@@ -55,8 +55,17 @@ class CompiledModel:
         return self.spec.prefill_chunk_tokens
 
     def with_plan(self, plan: Plan) -> CompiledModel:
-        """The same program with other memory: segments do not know the plan.  Nothing is proved of it."""
-        return replace(self, plan=plan, verification=None)
+        """The same program with other memory: segments do not know the plan.  Nothing is proved of it.
+
+        Groups for which no kernel was built run in torch, and a warning says so.
+        """
+        groups = [group for site in plan.sites for group in site.groups]
+        without = sum(not self.kernels.serve(group) for group in groups)
+        warnings = self.warnings
+        if without and self.kernels.keys:
+            groups_without = f"{without} of {len(groups)} groups of KV heads"
+            warnings += (f"{groups_without} have no kernel that was built with this model: they run in torch, slower.",)
+        return replace(self, plan=plan, verification=None, warnings=warnings)
 
     def session(self) -> Session:
         """An empty session."""
@@ -155,9 +164,11 @@ class PackedCall:
     @classmethod
     def begin(cls, model: CompiledModel, sessions: list[Session], before: list[int], lengths: list[int], only_last: bool) -> PackedCall:
         """Counts the new tokens in every store that a C++ kernel writes.  Raises CapacityError; then some have counted them."""
+        for session, length in zip(sessions, lengths, strict=True):
+            session.native.count_growing(length)  # all of them before any ring: what is refused must break none
         start = 0
         for row, (session, length) in enumerate(zip(sessions, lengths, strict=True)):
-            session.native.advance(length, start, before[row])
+            session.native.count_rings(length, start, before[row])
             if only_last:
                 session.native.ask_last_only(row, length)
             start += length
@@ -170,7 +181,7 @@ class PackedCall:
         native = self.model.native_sites[site]
         if native.some:
             tables = [table.sites[site] for table in self.tables]
-            attend_native(query, key, value, None if sinks is None else sinks.float(), tables, native.heads, out)
+            attend_native(query, key, value, None if sinks is None else sinks.float(), tables, native.kv_heads, out)
         if not native.all:
             self._attend_in_torch(site, query, key, value, sinks, last_only, out)
         return out

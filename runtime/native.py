@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, TargetError
 from kvcompile.ir.plan import HeadGroup, Plan
+from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.store import KVStore
 
 
@@ -99,7 +100,8 @@ class NativeTable:
     """
 
     def __init__(self, plan: Plan, kernels: NativeKernels, stores: Sequence[Sequence[KVStore]]) -> None:
-        self._stores: list[KVStore] = []
+        self._growing: list[tuple[int, KVStore]] = []  # with their row of the table
+        self._rings: list[tuple[int, KVStore]] = []
         rows: list[list[int]] = []
         counts: list[int] = []
         for site, its_stores in zip(plan.sites, stores, strict=True):
@@ -108,7 +110,7 @@ class NativeTable:
                 if kernels.serve(group):
                     assert group.request is not None
                     rows.append([_signed(int(kernels.name(group.request.key), 16)), 0, head, len(group.kv_heads), 0, 0, 0, 0, 0])
-                    self._stores.append(store)
+                    (self._rings if isinstance(store, RingStore) else self._growing).append((len(rows) - 1, store))
                     count += 1
                 head += len(group.kv_heads)
             counts.append(count)
@@ -116,13 +118,21 @@ class NativeTable:
         self._addresses = [0] * len(rows)
         self.sites: list[Tensor] = list(self._table.split(counts))  # [R, columns] of each site; empty where it has none
 
-    def advance(self, tokens: int, start: int, before: int) -> None:
-        """Counts `tokens` new tokens in every store and writes down what a call over them must know.
+    def count_growing(self, tokens: int) -> None:
+        """Counts `tokens` new tokens in the stores that may have to grow.  Raises CapacityError; then some have counted them."""
+        self._count(self._growing, tokens)
 
-        start: the session's first row in the call.  Raises CapacityError; then some stores have counted the tokens.
+    def count_rings(self, tokens: int, start: int, before: int) -> None:
+        """Counts them in the rings too, which never refuse, and writes down what a call must know.
+
+        start: the session's first row in the call.  before: tokens that it had read.
         """
+        self._count(self._rings, tokens)
+        self._table[:, Column.START :] = torch.tensor([start, tokens, 0, start, before], dtype=torch.int64)
+
+    def _count(self, rows: list[tuple[int, KVStore]], tokens: int) -> None:
         moved = []
-        for row, store in enumerate(self._stores):
+        for row, store in rows:
             store.advance(tokens)
             address = store.descriptor()
             if address != self._addresses[row]:
@@ -130,7 +140,6 @@ class NativeTable:
                 moved.append(row)
         if moved:
             self._table[moved, Column.STORE] = torch.tensor([self._addresses[row] for row in moved], dtype=torch.int64)
-        self._table[:, Column.START :] = torch.tensor([start, tokens, 0, start, before], dtype=torch.int64)
 
     def ask_last_only(self, row: int, tokens: int) -> None:
         """The final site's result: only the last token's, in row `row`."""
@@ -140,9 +149,9 @@ class NativeTable:
 
 
 class NativeSite(NamedTuple):
-    """heads: the KV heads of a site in the order of its groups, int64 [kv_heads]; whether kernels serve some, all of its groups."""
+    """kv_heads: those of a site in the order of its groups, int64; whether kernels serve some, all of its groups."""
 
-    heads: Tensor
+    kv_heads: Tensor
     some: bool
     all: bool
 
@@ -152,20 +161,20 @@ def native_sites(plan: Plan, kernels: NativeKernels) -> list[NativeSite]:
     found = []
     for site in plan.sites:
         served = [kernels.serve(group) for group in site.groups]
-        heads = torch.tensor([head for group in site.groups for head in group.kv_heads], dtype=torch.int64)
-        found.append(NativeSite(heads, any(served), all(served)))
+        kv_heads = torch.tensor([head for group in site.groups for head in group.kv_heads], dtype=torch.int64)
+        found.append(NativeSite(kv_heads, any(served), all(served)))
     return found
 
 
 def attend_native(
-    query: Tensor, key: Tensor, value: Tensor, learnt_sinks: Tensor | None, tables: Sequence[Tensor], heads: Tensor, out: Tensor
+    query: Tensor, key: Tensor, value: Tensor, learnt_sinks: Tensor | None, tables: Sequence[Tensor], kv_heads: Tensor, out: Tensor
 ) -> None:
     """Appends and attends for every row of `tables` (one [R, columns] a session), into `out` [1, rows, query_heads, value_dim].
 
-    query [1, query_heads, tokens, head_dim]; key, value [1, kv_heads, tokens, ...]; heads: NativeSite's.
+    query [1, query_heads, tokens, head_dim]; key, value [1, kv_heads, tokens, ...]; kv_heads: NativeSite's.
     """
     table = tables[0] if len(tables) == 1 else torch.cat(list(tables))
-    torch.ops.kvc_native.attend.default(query, key, value, learnt_sinks, table, heads, out)
+    torch.ops.kvc_native.attend.default(query, key, value, learnt_sinks, table, kv_heads, out)
 
 
 def _signed(number: int) -> int:

@@ -23,8 +23,6 @@ from kvcompile.runtime.model import make_store
 from kvcompile.runtime.native import NativeKernels, NativeTable, attend_native, native_sites
 from kvcompile.runtime.store import KVStore
 
-# The launcher knows a kernel by its request alone, so another instruction set needs another request: its scale is another.
-_SCALES: dict[Isa, float] = {"avx512": 1.0, "avx2": 1.0625, "portable": 1.125}
 LARGE_LOGIT = 200.0
 Strides: TypeAlias = Literal["heads", "tokens", "gaps"]
 
@@ -53,7 +51,7 @@ class Attention:
         return self.kv_heads * self.queries_per_kv
 
     def scale(self, isa: Isa) -> float:
-        return float(self.head_dim**-0.5) * _SCALES[isa]
+        return float(self.head_dim**-0.5)
 
     def plan(self, isa: Isa) -> Plan:
         site = AttentionSite(
@@ -152,7 +150,7 @@ class Reader:
         (site,) = plan.sites
         self.stores = [make_store(site, group, True) for group in site.groups] if stores is None else stores
         self.table = NativeTable(plan, kernels, [self.stores])
-        self.heads = native_sites(plan, kernels)[0].heads
+        self.heads = native_sites(plan, kernels)[0].kv_heads
 
     def fork(self, text: Text | None = None) -> Reader:
         """text: what the fork reads on, if that is another."""
@@ -175,7 +173,8 @@ def read_together(batch: Sequence[tuple[Reader, int]], *, last_only: bool = Fals
     """
     start = 0
     for row, (reader, tokens) in enumerate(batch):
-        reader.table.advance(tokens, start, reader.read)
+        reader.table.count_growing(tokens)
+        reader.table.count_rings(tokens, start, reader.read)
         if last_only:
             reader.table.ask_last_only(row, tokens)
         start += tokens

@@ -11,6 +11,7 @@ import kvcompile
 from kvcompile import link
 from kvcompile.codegen import toolchain
 from kvcompile.codegen.toolchain import find_toolchain
+from kvcompile.compiler import make_plan
 from kvcompile.ir.errors import BuildError, TargetError
 from kvcompile.runtime.model import CompiledModel
 
@@ -72,7 +73,7 @@ def test_without_a_compiler_torch_runs_and_one_line_says_so(generated, monkeypat
     assert find_toolchain() is None
     model = compiled(segments="compiled")
     assert model.warnings == (
-        "none of g++, clang++, c++ is on PATH, and CXX is not set: attention and linear layers run in torch, which is slower. "
+        "none of g++, clang++, c++ is on PATH, and CXX is not set: everything runs in torch, uncompiled, which is slower. "
         "Install g++, or set CXX.",
     )
     assert model.warnings[0] in model.explain()
@@ -80,7 +81,7 @@ def test_without_a_compiler_torch_runs_and_one_line_says_so(generated, monkeypat
 
 
 def test_a_build_that_fails_is_told_and_torch_runs(generated, monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise BuildError.at("kept/folder", "rows.h:1: error: no such thing.", "Repeat it with: g++ ...")
 
     monkeypatch.setattr(link, "build_kernels", fail)
@@ -91,11 +92,55 @@ def test_a_build_that_fails_is_told_and_torch_runs(generated, monkeypatch):
     torch.testing.assert_close(logits(model), generated, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_that_cannot_be_written_costs_time_only(generated, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KVCOMPILE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    model = compiled()
+    words = " cannot be kept and will be built again next time. "
+    assert [line.partition(words)[0] for line in model.warnings] == ["the launcher", "the kernels"]
+    torch.testing.assert_close(logits(model), generated, rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_that_was_not_built_runs_in_torch_and_says_so(generated):
+    model = compiled()
+    policies = {"near": {"zones": [{"sink_recent": {"sink_tokens": 2, "recent_tokens": 5}}]}}
+    spec = {"kvcompile": 1, "policies": policies, "heads": [{"policy": "near"}]}
+    other = model.with_plan(make_plan(spec, module=toys.llama(layers=2)))
+    assert other.warnings == ("2 of 2 groups of KV heads have no kernel that was built with this model: they run in torch, slower.",)
+    assert layouts(other) == {"rows"}
+    assert model.with_plan(model.plan).warnings == ()
+
+
+def test_a_number_that_is_none_is_not_hidden():
+    """A key of NaN must not look like a key that is not there."""
+    model = compiled()
+    session = model.session()
+    session.prefill(some_ids(5, VOCABULARY))
+    weight = next(weight for weight in model.program.weights.values() if weight.dim() == 2 and weight.shape[0] == VOCABULARY)
+    kept = weight[7].clone()
+    try:
+        weight[7] = torch.nan
+        assert session.step(7).isnan().all()
+    finally:
+        weight[7] = kept
+
+
+@pytest.mark.parametrize("kernels", ["generated", "torch"])
+def test_linear_layers_of_slices_and_of_turned_weights(kernels):
+    """2 to 4 tokens are another kernel than 1 and than 5."""
+    model = compiled(toys.sliced(), kernels=kernels)
+    ids = some_ids(12, VOCABULARY)
+    whole = model.session().prefill(ids, logits="all")
+    session = model.session()
+    parts = [session.prefill(part, logits="all") for part in ids.split([1, 2, 3, 4, 2])]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_a_dtype_without_a_kernel_is_told_and_runs_in_torch():
     model = compiled(toys.llama(layers=2).half())
     assert model.warnings == (
-        "computing in float16 has no C++ kernel; it runs in torch, which is slower.",
-        "linear layers in float16 have no C++ kernel; it runs in torch, which is slower.",
+        "computing in float16 has no C++ kernel: torch runs instead, which is slower.",
+        "linear layers in float16 have no C++ kernel: torch runs instead, which is slower.",
     )
     assert layouts(model) == {"rows"}
 

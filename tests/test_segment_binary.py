@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from toy_segment import compiled, inputs, segment
+from toy_segment import TOOLCHAIN, compiled, inputs, segment
 
 from kvcompile.codegen import segment_binary
 from kvcompile.codegen.segment_binary import MAX_TOKENS, can_compile, compile_segment, segment_key, segment_text
@@ -48,21 +49,24 @@ def test_the_description_survives_json():
 
 @pytest.mark.slow
 def test_a_key_is_the_same_in_another_process():
-    script = "from toy_segment import segment; from kvcompile.codegen.segment_binary import segment_key; print(segment_key(segment(), 1))"
+    script = (
+        "from toy_segment import TOOLCHAIN, segment; from kvcompile.codegen.segment_binary import segment_key; "
+        "print(segment_key(segment(), TOOLCHAIN, 1))"
+    )
     tests = str(Path(__file__).parent)
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tests)
-    assert ran.stdout.split()[-1] == segment_key(segment(), 1)
+    assert ran.stdout.split()[-1] == segment_key(segment(), TOOLCHAIN, 1)
 
 
 def test_a_key_knows_no_names_and_no_layers():
     graph = segment()
-    key = segment_key(graph)
-    assert key == segment_key(segment(layers=3))
+    key = segment_key(graph, TOOLCHAIN)
+    assert key == segment_key(segment(layers=3), TOOLCHAIN)
     for number, node in enumerate(graph.graph.nodes):
         if node.op == "call_function":
             node.name = f"other_{number}"
             node.meta.pop("nn_module_stack", None)
-    assert segment_key(graph) == key
+    assert segment_key(graph, TOOLCHAIN) == key
     assert "0x" not in segment_text(graph)
 
 
@@ -74,7 +78,7 @@ def one_op(op=torch.ops.aten.mul.Tensor, width: int = 8, dtype=torch.float32, nu
         node.meta["val"] = torch.empty(width, dtype=dtype)
     first, second = weights[::-1] if swapped else weights
     graph.output((graph.call_function(op, (graph.call_function(op, (value, first)), second)), graph.call_function(op, (value, number))))
-    return segment_key(torch.fx.GraphModule({}, graph), 1)
+    return segment_key(torch.fx.GraphModule({}, graph), TOOLCHAIN, 1)
 
 
 @pytest.mark.parametrize(
@@ -87,24 +91,26 @@ def test_a_key_differs_with_whatever_decides_the_binary(change):
 
 def test_a_key_differs_with_threads_torch_and_processor(monkeypatch):
     graph = segment()
-    keys = [segment_key(graph, 1), segment_key(graph, 2)]
+    keys = [segment_key(graph, TOOLCHAIN, 1), segment_key(graph, TOOLCHAIN, 2)]
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    keys.append(segment_key(graph, 1))
+    keys.append(segment_key(graph, TOOLCHAIN, 1))
     monkeypatch.setattr(segment_binary, "cpu_features", lambda: ("sse",))
-    keys.append(segment_key(graph, 1))
+    keys.append(segment_key(graph, TOOLCHAIN, 1))
     assert len(set(keys)) == 4
 
 
-def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert can_compile() == "there is no C++ compiler: no-such-compiler is not on PATH"
-    broken = tmp_path / "broken-compiler"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    assert can_compile() == f"the C++ compiler does not run: {broken} --version failed"
+def test_what_cannot_compile_is_told(monkeypatch):
+    assert can_compile(replace(TOOLCHAIN, command="/usr/bin/ccache", options=("g++",))) == (
+        "AOTInductor takes a compiler without options, not CXX=/usr/bin/ccache g++"
+    )
+    assert can_compile(TOOLCHAIN) is None
     monkeypatch.setattr(sys, "platform", "win32")
-    assert str(can_compile()).startswith("segments are compiled on Linux and macOS only, this is ")
+    assert str(can_compile(TOOLCHAIN)).startswith("segments are compiled on Linux and macOS only, this is ")
+
+
+def test_another_compiler_is_another_key():
+    graph = segment()
+    assert segment_key(graph, TOOLCHAIN) != segment_key(graph, replace(TOOLCHAIN, version="g++ 99"))
 
 
 def test_a_segment_that_torch_cannot_export_is_refused(tmp_path):
@@ -113,7 +119,7 @@ def test_a_segment_that_torch_cannot_export_is_refused(tmp_path):
     value.meta["val"] = torch.empty(1, 4)
     graph.output((graph.call_function(torch.ops.aten.view.default, (value, [3])),))
     with pytest.raises(UnsupportedGraphError) as caught:
-        compile_segment(torch.fx.GraphModule({}, graph), tmp_path / "toy.pt2")
+        compile_segment(torch.fx.GraphModule({}, graph), tmp_path / "toy.pt2", TOOLCHAIN)
     assert str(caught.value).startswith("segment toy: AOTInductor cannot compile it: RuntimeError: ")
     assert str(caught.value).endswith("\n  It runs without being compiled, more slowly.")
 

@@ -14,7 +14,10 @@ import toys
 from units import after
 
 from kvcompile.codegen.segment_binary import can_compile, compile_segment
+from kvcompile.codegen.toolchain import Toolchain, find_toolchain, why_none
 from kvcompile.ir.segment_description import TOKENS, SegmentDescription
+
+TOOLCHAIN = find_toolchain() or Toolchain("/no/compiler", "none", "gcc")
 
 
 def segment(dtype: torch.dtype = torch.bfloat16, layers: int = 2, **sizes: int) -> torch.fx.GraphModule:
@@ -27,13 +30,13 @@ def segment(dtype: torch.dtype = torch.bfloat16, layers: int = 2, **sizes: int) 
 @cache
 def compiled() -> tuple[torch.fx.GraphModule, Path, SegmentDescription]:
     """The segment, its package and description; skips the test where there is no compiler."""
-    why_not = can_compile()
-    if why_not is not None:
-        pytest.skip(why_not)
+    if find_toolchain() is None:
+        pytest.skip(f"no C++ compiler: {why_none()}")
+    assert can_compile(TOOLCHAIN) is None
     folder = Path(tempfile.mkdtemp(prefix="kvcompile-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     graph = segment()
-    return graph, folder / "toy.pt2", compile_segment(graph, folder / "toy.pt2", threads=1)
+    return graph, folder / "toy.pt2", compile_segment(graph, folder / "toy.pt2", TOOLCHAIN, threads=1)
 
 
 def inputs(description: SegmentDescription, tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -335,3 +335,29 @@ def sliced_table() -> nn.Module:
 def shared_values() -> nn.Module:
     torch.manual_seed(0)
     return SharedValues().eval()
+
+
+class Sliced(nn.Module):
+    """Linear layers that read part of another one's result or have a weight that lies in columns, and keys that are kept turned."""
+
+    def __init__(self, vocabulary: int = 256, width: int = 32, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.words = nn.Embedding(vocabulary, width)
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.up, self.middle, self.head = nn.Linear(width, 2 * width), nn.Linear(width, width), nn.Linear(width, vocabulary)
+        self.middle.weight = nn.Parameter(self.middle.weight.detach().t().contiguous().t())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        shape = (*ids.shape, self.heads, -1)
+        query, value = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.value))
+        key = self.key(x).view(shape).permute(0, 2, 3, 1).contiguous().transpose(2, 3)
+        x = x + F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).reshape(x.shape)
+        _, second = self.up(x).chunk(2, -1)
+        return self.head(x + self.middle(second))
+
+
+def sliced(seed: int = 0) -> Sliced:
+    torch.manual_seed(seed)
+    return Sliced().eval()

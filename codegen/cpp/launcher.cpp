@@ -38,7 +38,7 @@ std::unordered_map<uint64_t, const KvcAttendKernel *> attend_kernels;
 std::unordered_map<uint64_t, const KvcLinearKernel *> linear_kernels;
 
 // Loads a shared object of generated kernels; returns how many it holds.  A kernel is called by its content hash, of which the
-// bits of `variant` are turned over: one request built for two instruction sets is two kernels.
+// bits of `variant` are turned over: one request built for two instruction sets is two kernels.  What is known stays as it is.
 int64_t load(std::string path, int64_t variant) {
   const std::unique_lock<std::shared_mutex> lock(loading);
   void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -48,8 +48,8 @@ int64_t load(std::string path, int64_t variant) {
   STD_TORCH_CHECK(list, path, " holds no kernels of kvcompile");
   const KvcKernels *kernels = list();
   STD_TORCH_CHECK(kernels->version == kKernelVersion, path, " was made for another version of the launcher");
-  for (int64_t i = 0; i < kernels->attends; i++) attend_kernels[kernels->attend[i]->key ^ variant] = kernels->attend[i];
-  for (int64_t i = 0; i < kernels->linears; i++) linear_kernels[kernels->linear[i]->key ^ variant] = kernels->linear[i];
+  for (int64_t i = 0; i < kernels->attends; i++) attend_kernels.insert({kernels->attend[i]->key ^ variant, kernels->attend[i]});
+  for (int64_t i = 0; i < kernels->linears; i++) linear_kernels.insert({kernels->linear[i]->key ^ variant, kernels->linear[i]});
   return kernels->attends + kernels->linears;
 }
 
@@ -188,7 +188,7 @@ void finish(const Call &call, const Group &group, int64_t head, int64_t query, i
   const KvcAttendKernel &kernel = *group.kernel;
   for (int64_t r = 0; r < tokens * kernel.queries_per_kv; r++) {
     const int64_t query_head = group.heads[head] * kernel.queries_per_kv + r % kernel.queries_per_kv;
-    float factor = state.sum[r] > 0 ? 1 / state.sum[r] : 0;
+    float factor = state.sum[r] == 0 ? 0 : 1 / state.sum[r];  // NaN stays NaN
     if (call.sinks) {
       const float sink = call.sinks[query_head], top = std::max(state.maximum[r], sink);
       const float scale = std::exp(state.maximum[r] - top);
@@ -335,9 +335,9 @@ void attend_single(const Call &call, const std::vector<Group *> &groups) {
       const int64_t from = std::max(begin, run.first_chunk), to = std::min(end, last);
       if (from >= to) continue;
       const Group &group = *run.group;
-      if (to == last && group.tokens == 1) append(call, group, group.store, run.head, 0, 1);  // the last chunk holds the new token
+      if (to == last) append(call, group, group.store, run.head, 0, 1);  // the last chunk holds the new token
       seen.find(group, run.head, group.end() - 1, group.end() - 1);
-      const KvcQueries query = queries_of(call, group, run.head, group.queries() - 1, 1);
+      const KvcQueries query = queries_of(call, group, run.head, 0, 1);
       for (int64_t chunk = from - run.first_chunk; chunk < to - run.first_chunk; chunk++) {
         const KvcState state =
             state_at(states + run.state + chunk * group.state_floats(), group.kernel->queries_per_kv, group.kernel->value_dim);
@@ -353,7 +353,7 @@ void attend_single(const Call &call, const std::vector<Group *> &groups) {
     for (int64_t chunk = 1; chunk < count; chunk++)
       merge(state, state_at(states + run.state + chunk * run.group->state_floats(), kernel.queries_per_kv, kernel.value_dim),
             kernel.queries_per_kv, kernel.value_dim);
-    finish(call, *run.group, run.head, run.group->queries() - 1, 1, state);
+    finish(call, *run.group, run.head, 0, 1, state);
   }
 }
 
@@ -374,7 +374,7 @@ void attend_many(const Call &call, const std::vector<Group *> &groups) {
     fill_stage(call, *work.group, work.head);
   });
   for (const Work &work : heads) {
-    // Tiles end at multiples of their size, so that a result does not depend on where a chunk of the prompt began.
+    // Tiles end at multiples of their size; where every earlier token is visible, no bit of a result depends on the tile.
     const int64_t size = work.group->kernel->tile_tokens, begin = work.group->before + work.group->skip;
     for (int64_t at = begin, end; at < work.group->end(); at = end) {
       end = std::min(work.group->end(), (at / size + 1) * size);
@@ -390,9 +390,10 @@ void attend_many(const Call &call, const std::vector<Group *> &groups) {
   });
 }
 
-void check_tensor(const Tensor &tensor, const char *name) {
+// The tensor, or a copy of it in which the numbers of a token and head lie side by side.
+Tensor rows_of(const Tensor &tensor, const char *name) {
   STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == 1, name, " must be [1, heads, tokens, dim]");
-  STD_TORCH_CHECK(tensor.stride(3) == 1 || tensor.size(3) == 1, name, "'s last dimension must be contiguous");
+  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Of the numbers that a kernel knows by their size.
@@ -413,18 +414,16 @@ bool has_room(const Group &group) {
 }
 
 // query [1, query_heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...]: new tokens of all sessions, one after another.
-// learnt_sinks [query_heads], float32.  table [groups, columns] and heads: int64.  out [1, rows, query_heads, value_dim].
-void attend(const Tensor &query, const Tensor &key, const Tensor &value, const std::optional<Tensor> &learnt_sinks, const Tensor &table,
-            const Tensor &heads, Tensor out) {
-  check_tensor(query, "query");
-  check_tensor(key, "key");
-  check_tensor(value, "value");
+// learnt_sinks [query_heads], float32.  table [groups, columns] and kv_heads: int64.  out [1, rows, query_heads, value_dim].
+void attend(const Tensor &any_query, const Tensor &any_key, const Tensor &any_value, const std::optional<Tensor> &learnt_sinks,
+            const Tensor &table, const Tensor &kv_heads, Tensor out) {
+  const Tensor query = rows_of(any_query, "query"), key = rows_of(any_key, "key"), value = rows_of(any_value, "value");
   STD_TORCH_CHECK(query.size(2) == key.size(2) && query.size(2) == value.size(2) && key.size(1) == value.size(1),
                   "query, key and value must have as many tokens, key and value as many heads");
   STD_TORCH_CHECK(out.dim() == 4 && out.is_contiguous() && out.size(2) == query.size(1),
                   "out must be contiguous, [1, rows, query_heads, value_dim]");
-  STD_TORCH_CHECK(are_integers(table, 2) && table.size(1) == kColumnCount && are_integers(heads, 1),
-                  "table [groups, columns] and heads must be contiguous int64");
+  STD_TORCH_CHECK(are_integers(table, 2) && table.size(1) == kColumnCount && are_integers(kv_heads, 1),
+                  "table [groups, columns] and kv_heads must be contiguous int64");
   STD_TORCH_CHECK(!learnt_sinks || (learnt_sinks->dim() == 1 && learnt_sinks->is_contiguous() && learnt_sinks->size(0) == query.size(1) &&
                                     learnt_sinks->scalar_type() == ScalarType::Float),
                   "learnt_sinks must be one float32 number a query head");
@@ -444,7 +443,7 @@ void attend(const Tensor &query, const Tensor &key, const Tensor &value, const s
                query.size(1)};
   std::vector<Group> groups(table.size(0));
   std::vector<Group *> single, many;
-  const int64_t *all_heads = (const int64_t *)heads.data_ptr();
+  const int64_t *all_heads = (const int64_t *)kv_heads.data_ptr();
   for (size_t i = 0; i < groups.size(); i++) {
     const int64_t *row = (const int64_t *)table.data_ptr() + i * kColumnCount;
     Group &group = groups[i];
@@ -461,7 +460,7 @@ void attend(const Tensor &query, const Tensor &key, const Tensor &value, const s
     group.out_row = row[kOutRow], group.before = row[kBefore];
     STD_TORCH_CHECK(group.start >= 0 && group.start + group.tokens <= key.size(2) && group.skip >= 0 && group.skip < group.tokens &&
                         group.out_row >= 0 && group.out_row + group.queries() <= out.size(1) && group.before >= 0 && row[kHeads] >= 0 &&
-                        group.head_count >= 0 && row[kHeads] + group.head_count <= heads.size(0) && names_heads_of(group, key.size(1)),
+                        group.head_count >= 0 && row[kHeads] + group.head_count <= kv_heads.size(0) && names_heads_of(group, key.size(1)),
                     "the table names rows that are not there");
     STD_TORCH_CHECK(group.store && has_room(group), "the store has no room for the new tokens");
     (group.tokens == 1 ? single : many).push_back(&group);
@@ -484,32 +483,33 @@ Tensor concatenate(const std::vector<Tensor> &parts) {
 
 // x [1, tokens, in], weights [out_i, in], biases none or [out_i] each: [1, tokens, sum of out_i].  AOTInductor hands an empty
 // list over as none.
-Tensor linears(const Tensor &x, const std::vector<Tensor> &weights, const std::optional<std::vector<Tensor>> &some_biases,
+Tensor linears(const Tensor &any_x, const std::vector<Tensor> &weights, const std::optional<std::vector<Tensor>> &some_biases,
                std::string key) {
   const std::vector<Tensor> biases = some_biases.value_or(std::vector<Tensor>());
   const KvcLinearKernel *const found = find_kernel(linear_kernels, std::strtoull(key.c_str(), nullptr, 16));
   STD_TORCH_CHECK(found, "no kernel is loaded for these linear layers");
   const KvcLinearKernel &kernel = *found;
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == 1, "x must be [1, tokens, in]");
+  STD_TORCH_CHECK(any_x.dim() == 3 && any_x.size(0) == 1, "x must be [1, tokens, in]");
+  const Tensor x = any_x.is_contiguous() ? any_x : torch::stable::contiguous(any_x);
   STD_TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()),
                   "each weight or none must have a bias of its own");
   const int64_t tokens = x.size(1), in = x.size(2);
-  if (tokens > kernel.max_tokens || tokens == 0) {
+  const bool in_rows = std::all_of(weights.begin(), weights.end(), [](const Tensor &weight) { return weight.is_contiguous(); });
+  if (tokens > kernel.max_tokens || tokens == 0 || !in_rows) {
     std::vector<Tensor> parts;
     for (size_t i = 0; i < weights.size(); i++)
       parts.push_back(linear_of_many(x, weights[i], biases.empty() ? std::nullopt : std::optional<Tensor>(biases[i])));
     return parts.size() == 1 ? parts[0] : concatenate(parts);
   }
   const ScalarType type = number_type(kernel.bytes);
-  STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == type, "x must be contiguous and of the kernel's type");
+  STD_TORCH_CHECK(x.scalar_type() == type, "x must be of the kernel's type");
   int64_t out = 0;
   for (size_t i = 0; i < weights.size(); out += weights[i++].size(0)) {
     const Tensor &weight = weights[i];
-    STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.size(1) == in && weight.scalar_type() == type,
-                    "a weight of another layout");
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in && weight.scalar_type() == type, "a weight of another size or type");
     STD_TORCH_CHECK(biases.empty() || (biases[i].dim() == 1 && biases[i].is_contiguous() && biases[i].size(0) == weight.size(0) &&
                                        biases[i].scalar_type() == type),
-                    "a bias of another layout");
+                    "a bias of another size or type");
   }
   Tensor y = torch::stable::new_empty(x, {1, tokens, out});
   constexpr int64_t kGrain = 8;  // rows of one thread are a multiple of it
@@ -532,7 +532,7 @@ Tensor linears(const Tensor &x, const std::vector<Tensor> &weights, const std::o
 
 STABLE_TORCH_LIBRARY(kvc_native, m) {
   m.def("load(str path, int variant) -> int");
-  m.def("attend(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, Tensor table, Tensor heads, Tensor(a!) out) -> ()");
+  m.def("attend(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, Tensor table, Tensor kv_heads, Tensor(a!) out) -> ()");
   m.def("linears(Tensor x, Tensor[] weights, Tensor[]? biases, str kernel) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(kvc_native, CompositeExplicitAutograd, m) { m.impl("load", TORCH_BOX(&load)); }

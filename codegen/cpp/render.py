@@ -104,7 +104,7 @@ def _linear_words(request: LinearRequest) -> list[str]:
 
 
 def _float(number: float) -> str:
-    return f"{number!r}f"
+    return f"{float(number)!r}f"
 
 
 def _text(name: str) -> str:

@@ -60,6 +60,7 @@ KVC_INLINE void weigh(float *logits, int64_t tokens, float *row_maximum, float *
     sum += weight;
   }
   *row_sum = sum_lanes(sum);
+  if (*row_sum != *row_sum) *row_maximum = 0;  // a NaN logit is no maximum: without one it would be merged as a row that saw nothing
 }
 
 // Writes new tokens to slots from `slot` on.

@@ -74,7 +74,7 @@ KVC_INLINE float max_lanes(Floats v) {
   return lane[0];
 }
 
-// exp(x) for x <= 0 to 2 units in the last place; 0 below -87, so that no denormal number arises.
+// exp(x) for x <= 0 to 2 units in the last place; 0 from -87 down, so that no denormal number arises; NaN stays NaN.
 KVC_INLINE Floats exp_negative(Floats x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Floats shifted = x * 1.44269504f + kMagic;
@@ -87,7 +87,7 @@ KVC_INLINE Floats exp_negative(Floats x) {
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
   const Floats scaled = (Floats)((Bits)p + ((Bits)shifted << 23));
-  return (Floats)((Ints)scaled & (x > -87.0f));
+  return (Floats)((Ints)scaled & ~(x <= -87.0f));
 }
 
 // tanh(x), absolute error below 2e-7.

@@ -312,16 +312,14 @@ def test_loading_a_library_again_changes_nothing(kernels: Kernels) -> None:
     [
         ({"kernel": "0123456789abcdef"}, "no kernel is loaded for these linear layers"),
         ({"kernel": "not hexadecimal"}, "no kernel is loaded for these linear layers"),
-        ({"x": torch.randn(1, 2, 17)}, "a weight of another layout"),
+        ({"x": torch.randn(1, 2, 17)}, "a weight of another size or type"),
         ({"x": torch.randn(2, 16)}, "x must be"),
-        ({"x": torch.randn(1, 2, 32)[..., ::2]}, "x must be"),
         ({"x": torch.randn(1, 2, 16, dtype=torch.float64)}, "x must be"),
-        ({"weights": [torch.randn(16, 8).T]}, "a weight of another layout"),
-        ({"weights": [torch.randn(8, 16).bfloat16()]}, "a weight of another layout"),
+        ({"weights": [torch.randn(8, 16).bfloat16()]}, "a weight of another size or type"),
         ({"weights": [], "biases": []}, "each weight or none must have a bias of its own"),
         ({"biases": [torch.randn(8), torch.randn(8)]}, "each weight or none must have a bias of its own"),
-        ({"biases": [torch.randn(7)]}, "a bias of another layout"),
-        ({"biases": [torch.randn(8).bfloat16()]}, "a bias of another layout"),
+        ({"biases": [torch.randn(7)]}, "a bias of another size or type"),
+        ({"biases": [torch.randn(8).bfloat16()]}, "a bias of another size or type"),
     ],
 )
 def test_wrong_linear_layers_are_refused(kernels: Kernels, wrong: dict[str, Any], text: str) -> None:
@@ -371,15 +369,14 @@ def wrong_tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dic
         (wrong_table(Column.HEADS, 3), "the table names rows that are not there"),
         (wrong_table(Column.HEADS, -1), "the table names rows that are not there"),
         (wrong_table(Column.HEAD_COUNT, 4), "the table names rows that are not there"),
-        (wrong_tensor("heads", lambda heads: heads + 3), "the table names rows that are not there"),
-        (wrong_tensor("heads", lambda heads: heads.int()), "must be contiguous int64"),
+        (wrong_tensor("kv_heads", lambda heads: heads + 3), "the table names rows that are not there"),
+        (wrong_tensor("kv_heads", lambda heads: heads.int()), "must be contiguous int64"),
         (wrong_tensor("table", lambda table: table.int()), "must be contiguous int64"),
         (wrong_tensor("table", lambda table: table[:, :8].contiguous()), "must be contiguous int64"),
         (wrong_tensor("query", lambda query: query[..., :15]), "the kernel is for other sizes"),
         (wrong_tensor("query", lambda query: query[:, :2]), "out must be"),
         (wrong_tensor("query", lambda query: query[0]), r"query must be \[1, heads, tokens, dim\]"),
         (wrong_tensor("query", lambda query: query[:, :, :4]), "as many tokens"),
-        (wrong_tensor("query", lambda query: query.transpose(2, 3).contiguous().transpose(2, 3)), "last dimension must be contiguous"),
         (wrong_tensor("query", Tensor.double), "the kernel is for other types"),
         (wrong_tensor("key", lambda key: key[:, :2]), "as many heads"),
         (wrong_tensor("key", Tensor.bfloat16), "the kernel is for other types"),
@@ -397,7 +394,8 @@ def wrong_tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dic
 def test_a_wrong_call_is_refused_before_anything_is_written(kernels: Kernels, change: Callable[[dict[str, Any]], None], text: str) -> None:
     reader = new_reader(kernels, "plain", 20)
     reader.take(7)
-    reader.table.advance(5, 0, 7)
+    reader.table.count_growing(5)
+    reader.table.count_rings(5, 0, 7)
     site = reader.text.attention
     arguments: dict[str, Any] = {
         "query": torch.randn(1, 3, 5, 16),
@@ -405,7 +403,7 @@ def test_a_wrong_call_is_refused_before_anything_is_written(kernels: Kernels, ch
         "value": torch.randn(1, 3, 5, 16),
         "sinks": None,
         "table": reader.table.sites[0].clone(),
-        "heads": reader.heads.clone(),
+        "kv_heads": reader.heads.clone(),
         "out": torch.full((1, 5, site.query_heads, site.value_dim), -7.0),
     }
     change(arguments)

@@ -99,7 +99,7 @@ void add_tails(const float *weights, const KvcPiece &piece, int rows, float *out
   }
 }
 
-// Logits of keys that the query at `position` may not see become -inf; `column` is the piece's first.
+// Logits of the piece's keys that the query at `position` may not see become -inf.
 void hide(const KvcPiece &piece, int64_t position, float *logits) {
   for (int64_t t = position + 1 - piece.position < 0 ? 0 : position + 1 - piece.position; t < piece.tokens; t++) logits[t] = -kInfinity;
 }
