@@ -8,6 +8,8 @@ Caches are filled with random keys and values.  The engines take turns, a step e
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,43 +114,70 @@ def measure(engines: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     }
 
 
+SHARES: dict[str, str | None] = {"ours, full": None, "ours, 50 % streaming": "50%", "ours, 75 % streaming": "75%"}
+PEERS = ("HF DynamicCache", "HF StaticCache")
+
+
+def engine(name: str, model: Any, context: int) -> Callable[[], object]:
+    """A function that decodes one token after `context` others."""
+    if name == "HF DynamicCache":
+        return dynamic(model, context)
+    return static(model, context, ROUNDS + 32) if name == "HF StaticCache" else ours(model, context)
+
+
+def load(name: str, dtype: str) -> Any:
+    if name in SHARES:
+        return kvcompile.compile(smollm2_spec(dtype, SHARES[name]))
+    peer = smollm2(dtype).load()
+    peer.config._attn_implementation = "sdpa"
+    return peer
+
+
+def memory(name: str, dtype: str, context: int) -> tuple[float, float]:
+    """MiB that a process of its own holds while it decodes, and how many of them the context and its steps took."""
+    ran = subprocess.run(
+        [sys.executable, __file__, "--memory-of", name, "--dtype", dtype, "--contexts", str(context)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    held, grown = ran.stdout.split()[-2:]
+    return float(held), float(grown)
+
+
+def print_memory(name: str, dtype: str, context: int) -> None:
+    model = load(name, dtype)
+    before = resident_bytes()
+    step = engine(name, model, context)
+    for _ in range(3):
+        step()
+    print(resident_bytes() / 2**20, (resident_bytes() - before) / 2**20)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="512,2048,8192,32768")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--memory-of", choices=[*PEERS, *SHARES], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    compiled = {
-        "ours, full": kvcompile.compile(smollm2_spec(options.dtype, None)),
-        "ours, 50 % streaming": kvcompile.compile(smollm2_spec(options.dtype, "50%")),
-        "ours, 75 % streaming": kvcompile.compile(smollm2_spec(options.dtype, "75%")),
-    }
-    peer = smollm2(options.dtype).load()
-    peer.config._attn_implementation = "sdpa"
+    contexts = [int(word) for word in options.contexts.split(",")]
+    if options.memory_of:
+        return print_memory(options.memory_of, options.dtype, contexts[0])
+    peer = load(PEERS[0], options.dtype)
+    models = {**dict.fromkeys(PEERS, peer), **{name: load(name, options.dtype) for name in SHARES}}
     result: dict[str, Any] = {}
-    for context in map(int, options.contexts.split(",")):
-        makers: dict[str, Callable[[], Callable[[], object]]] = {
-            "HF DynamicCache": lambda context=context: dynamic(peer, context),
-            "HF StaticCache": lambda context=context: static(peer, context, ROUNDS + 32),
-            **{name: lambda model=model, context=context: ours(model, context) for name, model in compiled.items()},
-        }
-        engines, grown = {}, {}
-        for name, make in makers.items():
-            before = resident_bytes()
-            engines[name] = make()
-            engines[name]()
-            grown[name] = (resident_bytes() - before) / 2**20
+    for context in contexts:
+        engines = {name: engine(name, model, context) for name, model in models.items()}
         found = measure(engines, ROUNDS)
-        for name, row in found.items():
-            row["process grew MiB"] = grown[name]
-            planned = compiled[name].plan.stored_bytes(context) / 2**20 if name in compiled else None
-            if planned is not None:
-                row["stored MiB"] = planned
-            print(f"{context:6} {name:22} {row['ms']:7.1f} ms {row['tokens/s']:6.1f} tokens/s  attention {row['attention ms']:6.1f} ms"
-                  f"  1-thread CPU {row['1-thread CPU ms']:7.1f} ms  process grew {grown[name]:7.1f} MiB", flush=True)  # fmt: skip
-        result[str(context)] = found
         del engines
-    write(f"decode_{options.dtype}", torch.get_num_threads(), {"rounds": ROUNDS, "contexts": result})
+        for name, row in found.items():
+            row["process MiB"], row["of which context MiB"] = memory(name, options.dtype, context)
+            if name in SHARES:
+                row["stored MiB"] = models[name].plan.stored_bytes(context) / 2**20
+            print(f"{context:6} {name:22} {row['ms']:7.1f} ms {row['tokens/s']:6.1f} tokens/s  attention {row['attention ms']:6.1f} ms"
+                  f"  1-thread CPU {row['1-thread CPU ms']:7.1f} ms  process {row['process MiB']:6.0f} MiB, context"
+                  f" {row['of which context MiB']:6.1f} MiB", flush=True)  # fmt: skip
+        result[str(context)] = found
+    return write(f"decode_{options.dtype}", torch.get_num_threads(), {"rounds": ROUNDS, "contexts": result})
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
     isa = _isa(spec)
     target = spec.target
     toolchain = find_toolchain() if (target.kernels, target.segments) != ("torch", "eager") else None
-    warnings, built = [], []
+    warnings: list[str] = []
+    built: list[str] = []
     if toolchain is None and (target.kernels, target.segments) != ("torch", "eager"):
         warnings.append(f"{why_none()}: everything runs in torch, uncompiled, which is slower. Install g++, or set CXX.")
     kernels, gemv = NO_KERNELS, {}

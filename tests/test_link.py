@@ -111,6 +111,7 @@ def test_a_plan_that_was_not_built_runs_in_torch_and_says_so(generated):
     assert model.with_plan(model.plan).warnings == ()
 
 
+@torch.no_grad()
 def test_a_number_that_is_none_is_not_hidden():
     """A key of NaN must not look like a key that is not there."""
     model = compiled()
@@ -143,6 +144,25 @@ def test_a_dtype_without_a_kernel_is_told_and_runs_in_torch():
         "linear layers in float16 have no C++ kernel: torch runs instead, which is slower.",
     )
     assert layouts(model) == {"rows"}
+
+
+@pytest.mark.slow  # two or three segments of 10 s
+@pytest.mark.parametrize("toy", ["gpt_oss", "gemma2", "nanogpt"])
+def test_compiled_segments_of_other_families(toy):
+    """Learnt sinks and experts; soft caps and windows; learnt positions and biases.  Verification reads chunks of 1, 3, 5 and more."""
+    model, eager = (compiled(getattr(toys, toy)(), segments=segments) for segments in ("compiled", "eager"))
+    assert model.warnings == eager.warnings == ()
+    ids = some_ids(30, model.vocabulary)
+    found = []
+    for each in (model, eager):
+        one, two = each.session(), each.session()
+        one.prefill(ids)
+        two.prefill(ids[:11])
+        branch = two.fork()
+        steps = [each.step([one, two, branch], [1, 2, 3]), each.step([branch, one], [4, 5])]
+        one.rollback(1)
+        found.append(torch.cat([*steps, one.prefill(ids[:3], logits="all")]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow  # two segments of 10 s

@@ -1,7 +1,7 @@
 """Kernels and launcher under AddressSanitizer and UndefinedBehaviorSanitizer, over stores that end at the last number they hold.
 
 python tests/sanitize/run.py            everything: what must be clean, then what must be reported (`make test-sanitize`)
-python tests/sanitize/run.py --part X   one part of it, in this process, which must have been started with the sanitizers' libraries
+python tests/sanitize/run.py --part X --isa I   one part of it, in this process, which must have been started with the sanitizers' libraries
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit
 TIMEOUT_S = 240.0
 LONG = 4096  # tokens that are appended at once, and of which only the last one attends
 FIRST, SECOND = (0,), (1,)
+ISAS: tuple[Isa, ...] = ("avx512", "avx2", "portable")
 # One head a group, so that each head's keys and values end where their memory does.
 SITES = {
     "float": Attention("float32", "float32", 24, 20, 3, ((FIRST, All()), (SECOND, SinkRecent(4, 16)))),
@@ -157,10 +158,9 @@ REPORTED = {"beyond_keys": beyond_keys, "beyond_values": beyond_values, "beyond_
 Part = Callable[[NativeKernels, Isa], None]
 
 
-def run_part(name: str) -> None:
+def run_part(name: str, isa: Isa) -> None:
     os.environ.pop("LD_PRELOAD", None)  # the compiler runs without
     toolchain = _toolchain()
-    isa = machine_isa()
     torch.set_num_threads(2)
     # memory as long as it is asked for, and no page of it given away: a page of the heap may hold other things
     exact = {
@@ -180,10 +180,10 @@ def run_part(name: str) -> None:
     part(kernels, isa)
 
 
-def start(name: str) -> subprocess.CompletedProcess[str]:
+def start(name: str, isa: Isa) -> subprocess.CompletedProcess[str]:
     libraries = [_library(each) for each in ("libasan.so", "libubsan.so")]
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "LD_PRELOAD": " ".join(libraries)}
-    command = [sys.executable, __file__, "--part", name]
+    command = [sys.executable, __file__, "--part", name, "--isa", isa]
     return subprocess.run(
         command, env={**os.environ, **options}, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
     )
@@ -204,20 +204,22 @@ def _toolchain() -> Toolchain:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[*CLEAN, *REPORTED])
+    parser.add_argument("--isa", choices=ISAS, default=machine_isa())
     given = parser.parse_args(arguments)
     if given.part:
-        run_part(given.part)
+        run_part(given.part, given.isa)
         return 0
     failed = []
-    for name in (*CLEAN, *REPORTED):
+    isas = ISAS[ISAS.index(machine_isa()) :]
+    for name, isa in [*((name, isa) for isa in isas for name in CLEAN), *((name, machine_isa()) for name in REPORTED)]:
         begin = time.monotonic()
-        ran = start(name)
+        ran = start(name, isa)
         found = "ERROR: AddressSanitizer: heap-buffer-overflow" in ran.stderr
         right = ran.returncode == 0 if name in CLEAN else ran.returncode != 0 and found
         what = "clean" if ran.returncode == 0 else "reported" if found else f"ended with {ran.returncode}"
-        print(f"{name}: {what} {'' if right else ', WRONG'}({time.monotonic() - begin:.0f} s)\n{ran.stdout}", end="", flush=True)
+        print(f"{name}, {isa}: {what} {'' if right else ', WRONG'}({time.monotonic() - begin:.0f} s)\n{ran.stdout}", end="", flush=True)
         if not right:
-            failed.append(name)
+            failed.append(f"{name} ({isa})")
             print(ran.stderr[-6000:])
     print(f"sanitizers: {'FAILED ' + ', '.join(failed) if failed else 'passed'}")
     return 1 if failed else 0
