@@ -70,7 +70,7 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
         warnings += [f"{words}: torch runs instead, which is slower." for words in refusals]
         requests = [request for request in requests if refusal(request) is None]
         try:
-            with stage("kernels", "building kernels"):
+            with stage("kernels", "building or loading kernels"):
                 kernels = build_kernels(requests, isa, toolchain, warnings=warnings, built=built)
                 gemv = {request.dtype: kernels.name(request.key) for request in requests if isinstance(request, LinearRequest)}
         except BuildError as error:
@@ -78,7 +78,7 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
     segments = _segments(graph, gemv)
     loaded: dict[str, Segment] = {}
     if toolchain is not None and target.segments == "compiled":
-        with stage("segments", "compiling segments"):
+        with stage("segments", _segments_line(segments, toolchain)):
             loaded = _compiled(segments, toolchain, warnings, built)
     for name, module in segments.items():
         if name not in loaded:
@@ -178,7 +178,7 @@ def _kept(key: str, build: Callable[[Path], None], kind: str, warnings: list[str
             folder = stack.enter_context(cache.use(key, build, what=f"the {kind}", kind=kind))
         except (BuildError, UnsupportedGraphError):
             raise
-        except KvcompileError as error:
+        except (KvcompileError, OSError) as error:  # read only, or full
             if warnings is not None:
                 warnings.append(f"the {kind} cannot be kept and will be built again next time. {error}")
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvcompile-")))
@@ -227,6 +227,12 @@ def _compiled(
         except UnsupportedGraphError as error:
             warnings.append(f"{name} runs uncompiled, which is slower. {error}")
     return loaded
+
+
+def _segments_line(segments: Mapping[str, torch.fx.GraphModule], toolchain: Toolchain) -> str:
+    keys = [segment_key(segment, toolchain, _loop_threads()) for segment in segments.values()]
+    missing = sum(not cache.has(key, "segments") for key in keys)
+    return f"compiling {missing} of {len(keys)} segments, about 10 s each" if missing else f"loading {len(keys)} segments"
 
 
 def _compile(segment: torch.fx.GraphModule, toolchain: Toolchain, folder: Path) -> None:

@@ -1,4 +1,4 @@
-// Vectors of 16 floats in GCC's and Clang's vector extensions: one AVX-512 register, two of AVX2, four of SSE or NEON.
+// Vectors of 16 numbers: one AVX-512 register, two of AVX2, four of SSE or NEON, in GCC's and Clang's vector extensions.
 #pragma once
 
 #include <cstdint>
@@ -6,16 +6,139 @@
 
 #define KVC_INLINE inline __attribute__((always_inline))
 
+#if defined(__AVX512F__)
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
-
-#if defined(__AVX512F__)
 constexpr int kRegisters = 32;  // how many `Floats` the machine holds at once
-#elif defined(__AVX2__)
+
+template <class V>
+KVC_INLINE V load_as(const void *from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+KVC_INLINE void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
+#else
+#if defined(__AVX2__)
+#define KVC_EACH_PART(what) what(0) what(1)
+constexpr int kParts = 2;
 constexpr int kRegisters = 8;
 #else
-constexpr int kRegisters = 6;
+#define KVC_EACH_PART(what) what(0) what(1) what(2) what(3)
+constexpr int kParts = 4;
+constexpr int kRegisters = 4;
+#endif
+
+// Registers side by side, each a member of its own: a vector type wider than a register, or an array of them, would live in memory.
+template <class T>
+struct Wide {
+  typedef T Part __attribute__((vector_size(64 / kParts)));
+#define KVC_MEMBER(i) Part part##i;
+  KVC_EACH_PART(KVC_MEMBER)
+#undef KVC_MEMBER
+
+  template <class U>
+  KVC_INLINE explicit operator Wide<U>() const {
+    Wide<U> other;
+#define KVC_CAST(i) other.part##i = (typename Wide<U>::Part)part##i;
+    KVC_EACH_PART(KVC_CAST)
+#undef KVC_CAST
+    return other;
+  }
+};
+template <class T>
+struct Itself {
+  typedef T type;
+};
+
+#define KVC_OPERATOR(result, sign, each_both, each_left, each_right)                    \
+  template <class T>                                                                    \
+  KVC_INLINE Wide<result> operator sign(const Wide<T> &a, const Wide<T> &b) {           \
+    Wide<result> c;                                                                     \
+    KVC_EACH_PART(each_both)                                                            \
+    return c;                                                                           \
+  }                                                                                     \
+  template <class T>                                                                    \
+  KVC_INLINE Wide<result> operator sign(const Wide<T> &a, typename Itself<T>::type b) { \
+    Wide<result> c;                                                                     \
+    KVC_EACH_PART(each_left)                                                            \
+    return c;                                                                           \
+  }                                                                                     \
+  template <class T>                                                                    \
+  KVC_INLINE Wide<result> operator sign(typename Itself<T>::type a, const Wide<T> &b) { \
+    Wide<result> c;                                                                     \
+    KVC_EACH_PART(each_right)                                                           \
+    return c;                                                                           \
+  }
+#define KVC_ADD(i) c.part##i = a.part##i + b.part##i;
+#define KVC_ADD_LEFT(i) c.part##i = a.part##i + b;
+#define KVC_ADD_RIGHT(i) c.part##i = a + b.part##i;
+KVC_OPERATOR(T, +, KVC_ADD, KVC_ADD_LEFT, KVC_ADD_RIGHT)
+#define KVC_SUBTRACT(i) c.part##i = a.part##i - b.part##i;
+#define KVC_SUBTRACT_LEFT(i) c.part##i = a.part##i - b;
+#define KVC_SUBTRACT_RIGHT(i) c.part##i = a - b.part##i;
+KVC_OPERATOR(T, -, KVC_SUBTRACT, KVC_SUBTRACT_LEFT, KVC_SUBTRACT_RIGHT)
+#define KVC_MULTIPLY(i) c.part##i = a.part##i * b.part##i;
+#define KVC_MULTIPLY_LEFT(i) c.part##i = a.part##i * b;
+#define KVC_MULTIPLY_RIGHT(i) c.part##i = a * b.part##i;
+KVC_OPERATOR(T, *, KVC_MULTIPLY, KVC_MULTIPLY_LEFT, KVC_MULTIPLY_RIGHT)
+#define KVC_DIVIDE(i) c.part##i = a.part##i / b.part##i;
+#define KVC_DIVIDE_LEFT(i) c.part##i = a.part##i / b;
+#define KVC_DIVIDE_RIGHT(i) c.part##i = a / b.part##i;
+KVC_OPERATOR(T, /, KVC_DIVIDE, KVC_DIVIDE_LEFT, KVC_DIVIDE_RIGHT)
+#define KVC_AND(i) c.part##i = a.part##i & b.part##i;
+#define KVC_AND_LEFT(i) c.part##i = a.part##i & b;
+#define KVC_AND_RIGHT(i) c.part##i = a & b.part##i;
+KVC_OPERATOR(T, &, KVC_AND, KVC_AND_LEFT, KVC_AND_RIGHT)
+#define KVC_OR(i) c.part##i = a.part##i | b.part##i;
+#define KVC_OR_LEFT(i) c.part##i = a.part##i | b;
+#define KVC_OR_RIGHT(i) c.part##i = a | b.part##i;
+KVC_OPERATOR(T, |, KVC_OR, KVC_OR_LEFT, KVC_OR_RIGHT)
+#define KVC_SHIFT(i) c.part##i = a.part##i << b.part##i;
+#define KVC_SHIFT_LEFT(i) c.part##i = a.part##i << b;
+#define KVC_SHIFT_RIGHT(i) c.part##i = a << b.part##i;
+KVC_OPERATOR(T, <<, KVC_SHIFT, KVC_SHIFT_LEFT, KVC_SHIFT_RIGHT)
+#define KVC_ABOVE(i) c.part##i = a.part##i > b.part##i;
+#define KVC_ABOVE_LEFT(i) c.part##i = a.part##i > b;
+#define KVC_ABOVE_RIGHT(i) c.part##i = a > b.part##i;
+KVC_OPERATOR(int32_t, >, KVC_ABOVE, KVC_ABOVE_LEFT, KVC_ABOVE_RIGHT)
+#define KVC_BELOW(i) c.part##i = a.part##i < b.part##i;
+#define KVC_BELOW_LEFT(i) c.part##i = a.part##i < b;
+#define KVC_BELOW_RIGHT(i) c.part##i = a < b.part##i;
+KVC_OPERATOR(int32_t, <, KVC_BELOW, KVC_BELOW_LEFT, KVC_BELOW_RIGHT)
+#define KVC_UP_TO(i) c.part##i = a.part##i <= b.part##i;
+#define KVC_UP_TO_LEFT(i) c.part##i = a.part##i <= b;
+#define KVC_UP_TO_RIGHT(i) c.part##i = a <= b.part##i;
+KVC_OPERATOR(int32_t, <=, KVC_UP_TO, KVC_UP_TO_LEFT, KVC_UP_TO_RIGHT)
+
+template <class T>
+KVC_INLINE Wide<T> &operator+=(Wide<T> &a, const Wide<T> &b) {
+  return a = a + b;
+}
+template <class T>
+KVC_INLINE Wide<T> operator~(const Wide<T> &a) {
+  Wide<T> c;
+#define KVC_NOT(i) c.part##i = ~a.part##i;
+  KVC_EACH_PART(KVC_NOT)
+  return c;
+}
+
+typedef Wide<float> Floats;
+typedef Wide<int32_t> Ints;
+typedef Wide<uint32_t> Bits;
+
+template <class V>
+KVC_INLINE V load_as(const void *from) {
+  V v;
+#define KVC_LOAD(i) std::memcpy(&v.part##i, (const char *)from + i * (64 / kParts), 64 / kParts);
+  KVC_EACH_PART(KVC_LOAD)
+  return v;
+}
+KVC_INLINE void store(float *to, const Floats &v) {
+#define KVC_STORE(i) std::memcpy((char *)to + i * (64 / kParts), &v.part##i, 64 / kParts);
+  KVC_EACH_PART(KVC_STORE)
+}
 #endif
 
 constexpr float kInfinity = __builtin_inff();
@@ -24,17 +147,8 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-KVC_INLINE Floats load(const float *from) {
-  Floats v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-KVC_INLINE Bits load_bits(const void *from) {
-  Bits v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-KVC_INLINE void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
+KVC_INLINE Floats load(const float *from) { return load_as<Floats>(from); }
+KVC_INLINE Bits load_bits(const void *from) { return load_as<Bits>(from); }
 KVC_INLINE Floats splat(float x) { return x - Floats{}; }
 
 // The even and the odd ones of 32 bfloat16 numbers.

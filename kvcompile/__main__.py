@@ -1,0 +1,5 @@
+"""`python -m kvcompile`: the command."""
+
+from kvcompile.cli import main
+
+raise SystemExit(main())
