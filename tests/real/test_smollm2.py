@@ -205,7 +205,7 @@ import json, sys
 import torch
 from kvcompile.compiler import make_plan
 from kvcompile.runtime.model import CompiledModel
-from kvcompile.runtime.program import CallSegment
+from kvcompile.runtime.native import NativeKernels
 from kvcompile.runtime.program import Program
 from kvcompile.spec import load_spec
 
@@ -215,15 +215,20 @@ def resident():
 
 spec = json.loads(sys.argv[1])
 plan = make_plan(spec)
-model = CompiledModel(Program((), {}, {}, 0), plan, load_spec(spec), vocabulary=49152)
+served = NativeKernels(frozenset(group.request.key for site in plan.sites for group in site.groups))  # keys in blocks, as kernels read them
+model = CompiledModel(Program((), {}, 0), plan, load_spec(spec), 49152, served)
 key = torch.randn(3, 512, 64, dtype=torch.bfloat16)
-model.session().stores(0)[0].extend(key[: len(plan.sites[0].groups[0].kv_heads)], key[: len(plan.sites[0].groups[0].kv_heads)])
+
+def fill(session, tokens):
+    for start in range(0, tokens, 512):
+        for site in plan.sites:
+            for group, store in zip(site.groups, session.stores(site.site.index)):
+                part = key[: len(group.kv_heads)]
+                store.extend(part, part)
+
+fill(model.session(), 1024)  # what torch and the allocator keep for themselves
 session, before = model.session(), resident()
-for start in range(0, 8192, 512):
-    for site in plan.sites:
-        for group, store in zip(site.groups, session.stores(site.site.index)):
-            part = key[: len(group.kv_heads)]
-            store.extend(part, part)
+fill(session, 8192)
 print(json.dumps([session.nbytes(), plan.stored_bytes(8192), plan.full_bytes(8192), resident() - before]))
 """
 
