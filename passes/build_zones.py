@@ -26,7 +26,7 @@ class BuildZones:
             SitePlan(site, _groups(site, [_at_site(policy, site) for policy in policies]))
             for site, policies in zip(unit.sites, unit.policies, strict=True)
         )
-        overridden = [site.path for site, policies in zip(unit.sites, unit.policies, strict=True) if site.sliding_window and policies]
+        overridden = [site.path for site, policies in zip(unit.sites, unit.policies, strict=True) if site.own_window and policies]
         notes = (f"{len(overridden)} layers keep the model's own sliding window whatever the policy",) if overridden else ()
         seen: dict[int, int] = {}
         for node in unit.graph.graph.find_nodes(op="get_attr"):
@@ -47,9 +47,11 @@ def _is_parameter(unit: Unit, target: str) -> bool:
 
 
 def _at_site(policy: HeadPolicy, site: AttentionSite) -> HeadPolicy:
-    if site.sliding_window is None:
+    window = site.own_window
+    if window is None:
         return policy
-    return replace(policy, name=f"window {site.sliding_window}", zones=(SinkRecent(0, site.sliding_window),))
+    name = f"chunk {window}" if site.chunk_tokens == window else f"window {window}"
+    return replace(policy, name=name, zones=(SinkRecent(0, window),), positions="absolute")
 
 
 def _groups(site: AttentionSite, policies: list[HeadPolicy]) -> tuple[HeadGroup, ...]:

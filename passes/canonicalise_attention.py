@@ -114,7 +114,7 @@ def _views_after(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 def _describe(index: int, node: torch.fx.Node) -> AttentionSite:
     arguments: tuple[Any, ...] = node.args
-    query, key, value, sinks, _, scale, window, soft_cap = arguments
+    query, key, value, sinks, _, scale, window, soft_cap, chunk_tokens, slopes, _ = (*arguments, *(0, (), None)[len(arguments) - 8 :])
     shapes = [fake_value(tensor).shape for tensor in (query, key, value)]
     return AttentionSite(
         index=index,
@@ -128,4 +128,6 @@ def _describe(index: int, node: torch.fx.Node) -> AttentionSite:
         sliding_window=int(window) or None,
         soft_cap=float(soft_cap) or None,
         learnt_sinks=sinks is not None,
+        chunk_tokens=int(chunk_tokens) or None,
+        slopes=tuple(slopes),
     )

@@ -52,4 +52,7 @@ def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest:
         learnt_sinks=site.learnt_sinks,
         sink_tokens=sink_tokens,
         recent_tokens=recent_tokens,
+        chunk_tokens=site.chunk_tokens,
+        alibi=bool(site.slopes),
+        cache_index=group.policy.positions == "cache_index",
     )

@@ -174,7 +174,9 @@ class PackedCall:
             start += length
         return cls(model, sessions, before, lengths, only_last, [session.native for session in sessions])
 
-    def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, final: bool) -> Tensor:
+    def attend(
+        self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sink_query: Tensor | None, final: bool
+    ) -> Tensor:
         """out [1, rows, query_heads, value_dim]; rows are all tokens, at the final site only those whose logits are wanted."""
         last_only = final and self.only_last
         out = query.new_empty(1, len(self.sessions) if last_only else query.shape[2], query.shape[1], value.shape[3])

@@ -55,7 +55,7 @@ class CallSegment:
 
 @dataclass(frozen=True)
 class Attend:
-    """Attend at a site: slots of query, key, value, learnt sinks (None when the model has none), and of the result.
+    """Attend at a site: slots of query, key, value, learnt sinks and sink query (None when there is none), and of the result.
 
     frees: those that are not needed afterwards; layers that share keys or values still need theirs.
     """
@@ -65,12 +65,14 @@ class Attend:
     key: int
     value: int
     learnt_sinks: int | None
+    sink_query: int | None
     output: int
     frees: tuple[int, ...]
 
 
-# (site, query [1, query_heads, tokens, head_dim], key, value, learnt_sinks, only wanted rows) -> [1, rows, query_heads, value_dim]
-AttendFunction = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
+# (site, query [1, query_heads, tokens, head_dim], key, value, learnt_sinks, sink_query, only wanted rows)
+#   -> [1, rows, query_heads, value_dim]
+AttendFunction = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,10 @@ class Program:
                 )
             elif node.target is ATTEND:
                 query, key, value, sinks, site = node.args[:5]
+                sink_query: Any = node.args[10] if len(node.args) > 10 else None
+                optional = [slots[each] if each is not None else None for each in (sinks, sink_query)]
                 frees = tuple(slots[a] for a in _last_used(node, last_use))
-                steps.append(Attend(site, slots[query], slots[key], slots[value], slots[sinks] if sinks else None, slots[node], frees))
+                steps.append(Attend(site, slots[query], slots[key], slots[value], *optional, slots[node], frees))
         (output,) = module.graph.find_nodes(op="output")
         return cls(tuple(steps), weights, slots[output.args[0]])
 
@@ -142,9 +146,10 @@ class Program:
             if isinstance(step, Attend):
                 sinks = self.weights[step.learnt_sinks] if step.learnt_sinks is not None else None
                 query, key, value = values[step.query], values[step.key], values[step.value]
+                sink_query = values[step.sink_query] if step.sink_query is not None else None
                 for slot in step.frees:
                     del values[slot]
-                values[step.output] = attend(step.site, query, key, value, sinks, place == final_site)
+                values[step.output] = attend(step.site, query, key, value, sinks, sink_query, place == final_site)
                 continue
             inputs = [values[slot] for slot in step.inputs]
             if wanted is not None and place > final_site:

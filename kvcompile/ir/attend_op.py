@@ -1,6 +1,6 @@
 """`kvc::attend`: the one node that every front end ends in, and its cache-less meaning.
 
-    attend(query, key, value, learnt_sinks, site, scale, sliding_window, soft_cap) -> out
+    attend(query, key, value, learnt_sinks, site, scale, sliding_window, soft_cap, chunk_tokens, slopes, sink_query) -> out
 
     query         [1, query_heads, tokens, head_dim]
     key           [1, kv_heads, tokens, head_dim]
@@ -8,7 +8,13 @@
     learnt_sinks  [query_heads] or None: one logit a query head that joins the softmax's denominator
     site          index of the attention site, -1 before `canonicalise_attention` numbers them
     sliding_window, soft_cap   0 means none
+    chunk_tokens  0, or: position p sees only positions of its own chunk, from p // chunk_tokens * chunk_tokens on (Llama 4)
+    slopes        one number a query head, or none at all: slope * (key position - query position) joins the logit (ALiBi)
+    sink_query    like query, or None: the query as a policy with `positions: cache_index` shows it to the sinks; only a
+                  session knows sinks, so the operator itself ignores it
     out           [1, tokens, query_heads, value_dim]
+
+    logit = cap(scale * q.k) + slope * (j - p),  cap(x) = soft_cap * tanh(x / soft_cap)
 
 Called as an operator it attends causally over the tokens of the call, all of them one sequence: a traced graph runs
 as it stands and is what passes are compared against.  A session never calls it; it attends over its stores instead.
@@ -16,12 +22,14 @@ as it stands and is what passes are compared against.  A session never calls it;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 _SCHEMA = (
     "attend(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, int site, float scale, "
-    "int sliding_window, float soft_cap) -> Tensor"
+    "int sliding_window, float soft_cap, int chunk_tokens=0, float[] slopes=[], Tensor? sink_query=None) -> Tensor"
 )
 _QUERY_TILE = 256
 
@@ -38,6 +46,9 @@ def _attend(
     scale: float,
     sliding_window: int,
     soft_cap: float,
+    chunk_tokens: int = 0,
+    slopes: Sequence[float] = (),
+    sink_query: Tensor | None = None,
 ) -> Tensor:
     _, query_heads, tokens, _ = query.shape
     queries_per_kv = query_heads // key.shape[1]
@@ -51,9 +62,14 @@ def _attend(
         logits_HST = query[0, :, start : start + _QUERY_TILE].to(compute) @ key_HTD.transpose(1, 2) * scale
         if soft_cap:
             logits_HST = soft_cap * torch.tanh(logits_HST / soft_cap)
+        if slopes:
+            distance_ST = (positions - rows[:, None]).to(compute)
+            logits_HST = logits_HST + torch.tensor(slopes, dtype=compute, device=query.device)[:, None, None] * distance_ST
         hidden_ST = positions > rows[:, None]
         if sliding_window:
             hidden_ST |= positions <= rows[:, None] - sliding_window
+        if chunk_tokens:
+            hidden_ST |= positions < rows[:, None] // chunk_tokens * chunk_tokens
         logits_HST = logits_HST.masked_fill(hidden_ST, float("-inf"))
         if learnt_sinks is not None:
             sink_H11 = learnt_sinks.to(compute)[:, None, None].expand(-1, len(rows), 1)
@@ -72,6 +88,9 @@ def _attend_fake(
     scale: float,
     sliding_window: int,
     soft_cap: float,
+    chunk_tokens: int = 0,
+    slopes: Sequence[float] = (),
+    sink_query: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 

@@ -76,7 +76,7 @@ class SitePlan:
     def full_bytes(self, context_tokens: int) -> int:
         """Bytes of a plain KV cache in the model's dtype: every token, in a sliding layer every token of its window."""
         site = self.site
-        kept = min(context_tokens, site.sliding_window or context_tokens)
+        kept = min(context_tokens, site.own_window or context_tokens)
         return site.kv_heads * (site.head_dim + site.value_dim) * ITEMSIZE[site.dtype] * kept
 
 

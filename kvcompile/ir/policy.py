@@ -54,13 +54,15 @@ class Store:
 class HeadPolicy:
     """What one KV head does.
 
+    positions:       absolute: a query is rotated to its own position.  cache_index (StreamingLLM): it is shown to the sinks as if
+                     it stood at its place in the cache, min(p, sink_tokens + recent_tokens - 1).
     rollback_tokens: how many tokens `Session.rollback` may take back after a ring has overflowed; rings are
                      larger by this many tokens.  Growable stores roll back to any length.
     """
 
     name: str
     zones: tuple[Zone, ...]
-    positions: Literal["absolute"] = "absolute"
+    positions: Literal["absolute", "cache_index"] = "absolute"
     store: Store = Store()
     rollback_tokens: int = 0
 

@@ -15,6 +15,8 @@ class AttentionSite:
     sliding_window: the model's own window: position p sees (p - sliding_window, p]; None when it has none.
     soft_cap:       logits become soft_cap * tanh(logits / soft_cap); None when the model has none.
     learnt_sinks:   one learnt logit a query head joins the softmax's denominator (gpt-oss).
+    chunk_tokens:   position p sees only positions from p // chunk_tokens * chunk_tokens on (Llama 4); None: no such chunks.
+    slopes:         one number a query head: slope * (key position - query position) joins the logit (ALiBi); () for none.
     dtype:          the dtype of query, key and value, as torch names it: "bfloat16".
     """
 
@@ -29,10 +31,18 @@ class AttentionSite:
     sliding_window: int | None = None
     soft_cap: float | None = None
     learnt_sinks: bool = False
+    chunk_tokens: int | None = None
+    slopes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        assert len(self.slopes) in (0, self.query_heads)
         assert self.query_heads % self.kv_heads == 0, f"{self.path}: {self.query_heads} query heads over {self.kv_heads} KV heads"
 
     @property
     def queries_per_kv(self) -> int:
         return self.query_heads // self.kv_heads
+
+    @property
+    def own_window(self) -> int | None:
+        """Tokens that the model itself ever looks back, the query's own included; None when nothing bounds them."""
+        return min((bound for bound in (self.sliding_window, self.chunk_tokens) if bound), default=None)
