@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from kvcompile.runtime.model import CompiledModel
     from kvcompile.runtime.session import Session
     from kvcompile.spec import load_spec
+    from kvcompile.transformers_cache import Cache
 
 __version__ = "0.1.0"
 
-__all__ = ["CompiledModel", "KvcompileError", "Pipeline", "Session", "__version__", "compile", "load_spec", "trace"]
+__all__ = ["Cache", "CompiledModel", "KvcompileError", "Pipeline", "Session", "__version__", "compile", "load_spec", "trace"]
 
 _HOME = {
     "compile": "kvcompile.compiler",
@@ -27,6 +28,7 @@ _HOME = {
     "Pipeline": "kvcompile.pipeline",
     "CompiledModel": "kvcompile.runtime.model",
     "Session": "kvcompile.runtime.session",
+    "Cache": "kvcompile.transformers_cache",
     "KvcompileError": "kvcompile.ir.errors",
 }
 

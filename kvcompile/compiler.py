@@ -12,19 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from kvcompile.codegen.segments import segment_sources
-from kvcompile.ir.errors import KvcompileError, Problem, SpecError, TargetError
+from kvcompile.ir.errors import KvcompileError, ModelError, Problem, SpecError, TargetError, UnsupportedGraphError
+from kvcompile.ir.evaluate import FakeConstantError
 from kvcompile.ir.plan import Plan
 from kvcompile.ir.show import graph_text
 from kvcompile.ir.spec import ModelSource, Spec
 from kvcompile.ir.unit import Unit
 from kvcompile.link import kernel_sources, link
 from kvcompile.models import cache
+from kvcompile.models.exported import as_module
 from kvcompile.models.load import open_model
 from kvcompile.models.opened import OpenedModel, token_ids
-from kvcompile.passes.trace import bind_weights, trace
+from kvcompile.passes.rotate_sink_queries import check_shift_invariance
+from kvcompile.passes.trace import FixedLengthError, bind_weights, front_ends, trace
 from kvcompile.pipeline import Pipeline
 from kvcompile.report import DEFAULT_CONTEXTS, plan_text, report_compiled
 from kvcompile.runtime.model import CompiledModel
@@ -39,12 +43,23 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What `run_passes` made: the graph after the last pass, the plan if there is one, seconds by stage."""
+    """What `run_passes` made: the unit after the last pass, seconds by stage."""
 
-    graph: torch.fx.GraphModule
-    plan: Plan | None
+    unit: Unit
     timings: dict[str, float]
-    warnings: tuple[str, ...]
+
+    @property
+    def graph(self) -> torch.fx.GraphModule:
+        return self.unit.graph
+
+    @property
+    def plan(self) -> Plan | None:
+        """None before `build_zones`."""
+        return self.unit.plan
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.unit.warnings
 
     @property
     def text(self) -> str:
@@ -75,7 +90,7 @@ class _Stages:
 
 
 def compile(
-    source: str | Path | nn.Module | None = None,
+    source: str | Path | nn.Module | ExportedProgram | None = None,
     spec: str | Path | Mapping[str, Any] | Spec | None = None,
     *,
     tokenizer: Any = None,
@@ -88,7 +103,10 @@ def compile(
 
     compile("duo.yaml")                     the spec names the model
     compile(module, spec={...} or a path)   the module is the model; the spec names none
-    compile("folder-or-file.gguf", spec=…)  the source is the model's path; the spec names none
+    compile("folder-or-file.gguf", spec=…)  the source is the model's path (a .pt2 file too); the spec names none
+
+    A module is a transformers model, any nn.Module with forward(ids [1, tokens]) -> logits [1, tokens, vocabulary] (a second
+    argument `position_ids` is given where there is one), a torch.fx GraphModule or an exported program of such a function.
 
     overrides: `a.b=value` as the command's --set.  progress: called with a line for each stage.  dump: a folder for the
     graph after each pass.  contexts: lengths that the report of `output.directory` tells bytes for.
@@ -99,14 +117,15 @@ def compile(
     _check_output(checked)
     stages = _Stages(progress or _silent)
     opened = None if module is not None else _open(checked, stages)
-    unit = _run(checked, opened, module, stages, None, dump)
+    unit, module = _run(checked, opened, module, stages, None, dump)
     if opened is not None:
-        with stages.stage("load", f"loading {opened.name}"):
-            module = opened.load()
-        if not bind_weights(unit.graph, module):  # a constant that only the real model holds
-            unit = _run(checked, None, module, stages, None, dump)
+        if module is None:
+            module = _load(opened, stages)
+            if not bind_weights(unit.graph, module):  # a constant that only the real model holds
+                unit, module = _run(checked, None, module, stages, None, dump)
         tokenizer = tokenizer if tokenizer is not None else opened.tokenizer()
     assert module is not None and unit.plan is not None
+    check_shift_invariance(unit)  # the weights hold the rotation's numbers
     linked = link(unit.graph, (unit.plan, full_plan(unit.plan)), checked, stages.stage)
     compiled = CompiledModel(
         program=linked.program,
@@ -121,7 +140,7 @@ def compile(
         warnings=(*unit.warnings, *linked.warnings),
         explanation=_explain,
     )
-    compiled = replace(compiled, verification=_verified(compiled, module, unit.graph, linked.built, opened, stages))
+    compiled = replace(compiled, verification=_verified(compiled, module, unit, linked.built, opened, stages))
     report_compiled(compiled, contexts)
     return compiled
 
@@ -138,8 +157,8 @@ def run_passes(
     _, checked = _read(module, spec, ())
     stages = _Stages(progress or _silent)
     opened = None if module is not None else _open(checked, stages)
-    unit = _run(checked, opened, module, stages, stop_after, dump)
-    return PassResult(unit.graph, unit.plan, stages.seconds, unit.warnings)
+    unit, _ = _run(checked, opened, module, stages, stop_after, dump)
+    return PassResult(unit, stages.seconds)
 
 
 def make_plan(
@@ -162,17 +181,22 @@ def _read(source: Any, spec: Any, overrides: tuple[str, ...]) -> tuple[nn.Module
     from kvcompile.spec import load_spec
 
     if spec is None:
-        if source is None or isinstance(source, nn.Module):
+        if source is None or isinstance(source, (nn.Module, ExportedProgram)):
             mend = "Give spec= a path, a dict or a Spec; {'kvcompile': 1} is policy full."
             raise SpecError(Problem("compile", "there is no spec.", mend))
         return None, _with_model(load_spec(source, overrides=overrides), None)
     checked = load_spec(spec, overrides=overrides)
+    if isinstance(source, ExportedProgram):
+        source = as_module(source)
     if isinstance(source, nn.Module):
         if checked.model is not None:
             raise SpecError(
                 Problem(checked.where("model"), "the spec names a model and a module was given too.", "Leave `model:` out of the spec.")
             )
         return source, checked
+    if source is not None and not isinstance(source, (str, Path)):
+        mend = "Give a path, a torch.nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram."
+        raise ModelError(Problem("compile", f"a {type(source).__name__} is no model.", mend))
     return None, _with_model(checked, source)
 
 
@@ -233,20 +257,53 @@ def _open(spec: Spec, stages: _Stages) -> OpenedModel:
     return open_model(spec.model, progress=stages.progress)
 
 
+def _load(opened: OpenedModel, stages: _Stages) -> nn.Module:
+    with stages.stage("load", f"loading {opened.name}"):
+        return opened.load()
+
+
 def _run(
     spec: Spec, opened: OpenedModel | None, module: nn.Module | None, stages: _Stages, stop_after: str | None, dump: str | Path | None
-) -> Unit:
-    """Trace and passes.  A model that is not loaded yet is traced from its configuration, with weights of no memory."""
-    if opened is not None:
-        with stages.stage("open", f"reading {opened.name}"), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
-            module = opened.build()
-    assert module is not None
-    with stages.stage("trace", "tracing"):
-        graph = trace(module)
+) -> tuple[Unit, nn.Module | None]:
+    """Trace and passes.  A model that is not loaded yet is traced from its configuration, with weights of no memory.
+
+    The second is the model with its weights: the module that was given, or None unless a table had to be looked into.
+    """
+    if module is not None:
+        return _through_front_ends(spec, module, stages, stop_after, dump), module
+    assert opened is not None
+    with stages.stage("open", f"reading {opened.name}"), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        fake = opened.build()
+    try:
+        return _through_front_ends(spec, fake, stages, stop_after, dump), None
+    except FakeConstantError:  # a mask that is a table
+        module = _load(opened, stages)
+        return _through_front_ends(spec, module, stages, stop_after, dump), module
+
+
+# the passes that a front end may fail in while another one succeeds, the most telling failure last
+_FRONT_PASSES = ("trace", "canonicalise_attention", "make_positions_explicit", "check_token_wise")
+
+
+def _through_front_ends(spec: Spec, module: nn.Module, stages: _Stages, stop_after: str | None, dump: str | Path | None) -> Unit:
+    """Which front end serves a model is found by trying: some models ignore transformers' attention interface without a word."""
     declared = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     pipeline = Pipeline(dump=Path(dump) if dump else None, on_pass=stages.seconds.__setitem__)
-    stages.progress("running passes")
-    return pipeline.run(Unit(graph, spec, context_tokens=declared), stop_after)
+    failures: list[tuple[int, UnsupportedGraphError]] = []
+    for front_end in front_ends(module):
+        try:
+            with stages.stage("trace", "tracing" if not failures else f"tracing again, with {front_end} attention"):
+                graph = trace(module, front_end)
+            stages.progress("running passes")
+            return pipeline.run(Unit(graph, spec, context_tokens=declared, front_end=front_end), stop_after)
+        except FixedLengthError:
+            raise
+        except UnsupportedGraphError as error:
+            failed_in = error.problems[0].where.split(":")[0]
+            if failed_in not in _FRONT_PASSES:
+                raise
+            failures.append((_FRONT_PASSES.index(failed_in), error))
+    raise max(failures, key=lambda failure: failure[0])[1]
 
 
 def _vocabulary(graph: torch.fx.GraphModule) -> int:
@@ -261,7 +318,7 @@ def _stop_tokens(module: nn.Module) -> tuple[int, ...]:
 def _verified(
     compiled: CompiledModel,
     module: nn.Module,
-    graph: torch.fx.GraphModule,
+    unit: Unit,
     built: tuple[str, ...],
     opened: OpenedModel | None,
     stages: _Stages,
@@ -269,13 +326,13 @@ def _verified(
     """The kept record of an earlier verification if nothing changed since, else a new one."""
     key = None
     if opened is not None:
-        key = record_key(opened.hash, compiled, graph, built)
+        key = record_key(opened.hash, compiled, unit.graph, built)
         kept = cache.recall("verified", key)
         if kept is not None:
             with contextlib.suppress(KeyError, TypeError):
                 return Verification.from_dict(kept)
     with stages.stage("verify", "verifying against the original model"):
-        verification = verify(compiled, module, graph)
+        verification = verify(compiled, module, unit.graph, unit.frequency_tokens)
     if key is not None:
         cache.record("verified", key, {name: value for name, value in verification.as_dict().items() if name != "from_record"})
     return verification

@@ -1,6 +1,6 @@
-"""Where a compiled model first differs from the original: the path of the first attention site.
+"""Where a compiled model first differs from the original: the path of the first site.
 
-First the traced graph's attentions against the runtime's: a kernel or a store is wrong.  Then the modules that own the
+First the traced graph's attentions and convolutions against the runtime's: a kernel or a store is wrong.  Then the modules that own the
 sites, run with the model's own attention and with `kvc.attend` in its place: the trace is wrong.
 """
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.ir.attend_op import ATTEND
+from kvcompile.ir.convolve_op import CONVOLVE
+from kvcompile.ir.sites import AttentionSite, ConvolutionSite
 from kvcompile.passes.huggingface import attention_as_nodes, is_huggingface
 from kvcompile.passes.trace import takes_positions
 from kvcompile.runtime.model import CompiledModel, PackedCall
@@ -20,29 +22,45 @@ TOLERANCE = 1e-2  # of the largest value: what is wrong is wrong by more, and bf
 IN_A_SEGMENT = "in a segment: every attention agrees, the logits do not"
 
 
-def original_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [tokens, vocabulary] of the model as its author wrote it, at least float32.  ids: [tokens]."""
+def original_logits(model: nn.Module, ids: Tensor, frequency_tokens: int | None = None) -> Tensor:
+    """Logits [tokens, vocabulary] of the model as its author wrote it, at least float32.  ids: [tokens].
+
+    frequency_tokens: a model that chooses its frequencies by the longest position of a call chooses as for so many tokens:
+    one more token stands at the last of these positions, behind all others, which never see it.  None: as it is called.
+    """
     with torch.no_grad():
-        if is_huggingface(model):
+        if frequency_tokens is not None and len(ids) < frequency_tokens:
+            positions = torch.arange(len(ids) + 1)
+            positions[-1] = frequency_tokens - 1
+            longer = torch.cat([ids, ids[:1]])[None]
+            if is_huggingface(model):
+                out = model(input_ids=longer, position_ids=positions[None], use_cache=False)
+            else:
+                out = model(longer, positions[None])
+        elif is_huggingface(model):
             out = model(input_ids=ids[None], use_cache=False)
         else:
             out = model(ids[None], torch.arange(len(ids))[None]) if takes_positions(model) else model(ids[None])
     logits: Tensor = out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
-    return logits[0] if logits.dtype == torch.float64 else logits[0].float()
+    logits = logits[0, : len(ids)]
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def first_difference(model: nn.Module, graph: torch.fx.GraphModule, full: CompiledModel, ids: Tensor) -> str:
+def first_difference(
+    model: nn.Module, graph: torch.fx.GraphModule, full: CompiledModel, ids: Tensor, frequency_tokens: int | None = None
+) -> str:
     """A sentence that names the first site.  graph: the outlined graph.  full: the program under policy full.  ids: [tokens]."""
-    for index, difference in sorted(site_differences(graph, full, ids).items()):
+    for site, difference in site_differences(graph, full, ids).items():
         if not difference <= TOLERANCE:
-            path = full.plan.sites[index].site.path
-            return f"{path} (site {index}): the runtime's attention differs by {difference:.2e} of the traced attention's largest value"
+            number, kind = ("site", "attention") if isinstance(site, AttentionSite) else ("convolution", "convolution")
+            where = f"{site.path} ({number} {site.index})"
+            return f"{where}: the runtime's {kind} differs by {difference:.2e} of the traced {kind}'s largest value"
     if not is_huggingface(model):
         return IN_A_SEGMENT
     paths = [plan.site.path for plan in full.plan.sites]
-    expected = _module_outputs(model, paths, ids)
+    expected = _module_outputs(model, paths, ids, frequency_tokens)
     with attention_as_nodes(model):
-        found = _module_outputs(model, paths, ids)
+        found = _module_outputs(model, paths, ids, frequency_tokens)
     for path in paths:
         if path in expected and (apart := _difference(expected[path], found[path])) is not None:
             return f"{path}: the model's own attention differs from the traced one by {apart:.2e}"
@@ -56,22 +74,27 @@ def _difference(expected: Tensor, found: Tensor) -> float | None:
     return None if difference <= TOLERANCE * max(1.0, float(expected.abs().max())) else difference
 
 
-def site_differences(graph: torch.fx.GraphModule, full: CompiledModel, ids: Tensor) -> dict[int, float]:
-    """For each site the largest difference between the traced attention and the runtime's on the same query, key and value.
+def site_differences(graph: torch.fx.GraphModule, full: CompiledModel, ids: Tensor) -> dict[AttentionSite | ConvolutionSite, float]:
+    """For each site, in program order, the largest difference between what was traced and the runtime's on the same inputs.
 
     Relative to the site's largest value.  Each site gets the traced graph's own inputs, so nothing accumulates: a KV head
     that forgets shows at its site, in bfloat16 too.  graph: outlined.  full: the program under policy full.  ids: [tokens].
     """
-    found: dict[int, float] = {}
+    found: dict[AttentionSite | ConvolutionSite, float] = {}
     call = PackedCall.begin(full, [full.session()], [0], [len(ids)], only_last=False)
+
+    def apart(expected: Tensor, ran: Tensor) -> float:
+        return float((expected.double() - ran.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
 
     class Compare(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             expected = super().call_function(target, args, kwargs)
             if target is ATTEND:
                 query, key, value, sinks, site = args[:5]
-                ran = call.attend(site, query, key, value, sinks, None, False).double()
-                found[site] = float((expected.double() - ran).abs().max() / expected.double().abs().max().clamp_min(1e-30))
+                found[full.plan.sites[site].site] = apart(expected, call.attend(site, query, key, value, sinks, None, False))
+            elif target is CONVOLVE:
+                source, weight, bias, site = args
+                found[full.plan.convolutions[site].site] = apart(expected, call.convolve(site, source, weight, bias, False))
             return expected
 
     with torch.no_grad():
@@ -79,7 +102,7 @@ def site_differences(graph: torch.fx.GraphModule, full: CompiledModel, ids: Tens
     return found
 
 
-def original_noise(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+def original_noise(model: nn.Module, ids: Tensor, frequency_tokens: int | None = None) -> tuple[Tensor, Tensor] | None:
     """The original's logits [tokens, vocabulary] under two attention implementations of transformers: two roundings of one model.
 
     None for a model that has only one.
@@ -91,7 +114,7 @@ def original_noise(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor] | Non
     try:
         for name in ("eager", "sdpa"):
             model.set_attn_implementation(name)  # type: ignore[operator]
-            found.append(original_logits(model, ids))
+            found.append(original_logits(model, ids, frequency_tokens))
     except (ValueError, ImportError):  # transformers: this model has no such implementation
         return None
     finally:
@@ -99,7 +122,7 @@ def original_noise(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor] | Non
     return found[0], found[1]
 
 
-def _module_outputs(model: nn.Module, paths: list[str], ids: Tensor) -> dict[str, Tensor]:
+def _module_outputs(model: nn.Module, paths: list[str], ids: Tensor, frequency_tokens: int | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     hooks = []
     known = dict(model.named_modules())
@@ -107,11 +130,11 @@ def _module_outputs(model: nn.Module, paths: list[str], ids: Tensor) -> dict[str
         if path in known:
 
             def keep(_: nn.Module, __: Any, out: Any, path: str = path) -> None:
-                found[path] = out[0] if isinstance(out, tuple) else out
+                found[path] = (out[0] if isinstance(out, tuple) else out)[:, : len(ids)]
 
             hooks.append(known[path].register_forward_hook(keep))
     try:
-        original_logits(model, ids)
+        original_logits(model, ids, frequency_tokens)
     finally:
         for hook in hooks:
             hook.remove()

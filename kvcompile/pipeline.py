@@ -16,19 +16,25 @@ from kvcompile.ir.unit import Pass, Unit
 from kvcompile.passes.assign_policies import AssignPolicies
 from kvcompile.passes.build_zones import BuildZones
 from kvcompile.passes.canonicalise_attention import CanonicaliseAttention
+from kvcompile.passes.canonicalise_convolution import CanonicaliseConvolution
 from kvcompile.passes.check_token_wise import CheckTokenWise
+from kvcompile.passes.fix_frequency_branch import FixFrequencyBranch
 from kvcompile.passes.group_linears import GroupLinears
 from kvcompile.passes.make_positions_explicit import MakePositionsExplicit
 from kvcompile.passes.outline_segments import OutlineSegments
 from kvcompile.passes.place import Place
 from kvcompile.passes.request_kernels import RequestKernels
+from kvcompile.passes.rotate_sink_queries import RotateSinkQueries
 
 PASSES: tuple[Pass, ...] = (
     CanonicaliseAttention(),  # first: every later pass asks where the sites are
+    CanonicaliseConvolution(),  # the other kind of site; before the token-wise check, which knows no convolution
     MakePositionsExplicit(),  # before the token-wise check: an arange is a position, not a mixing of tokens
+    FixFrequencyBranch(),  # before the token-wise check, which refuses a maximum over tokens; the positions must be known as such
     CheckTokenWise(),  # before anything is planned: a refusal should cost nothing
     AssignPolicies(),  # the rules need the sites' KV heads
     BuildZones(),  # groups need every head's policy
+    RotateSinkQueries(),  # the cache's size is in the zones; before linears are grouped, which traces anew what reads them
     Place(),  # bytes need the groups; a plan that does not fit stops here, before weights are loaded
     RequestKernels(),  # the request names the device
     GroupLinears(),  # after the plan, which needs no kernel of a linear layer; before outlining, so that equal segments stay equal

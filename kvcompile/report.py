@@ -76,8 +76,8 @@ def fold_sites(plan: Plan) -> list[list[SitePlan]]:
 def describe_groups(site: SitePlan) -> str:
     """`1 full (all), 2 streaming (sink 16 + recent 256)`."""
     parts = []
-    for (name, zones, store), count in _policy_counts(site).items():
-        kept = " and ".join(zones)
+    for (name, zones, store, positions), count in _policy_counts(site).items():
+        kept = " and ".join(zones) + (f", positions {positions}" if positions != "absolute" else "")
         told = name if kept == "all" and name == "full" else f"{name} ({kept})"
         parts.append(f"{count} {told}{f' in {store}' if store else ''}")
     return ", ".join(parts)
@@ -138,7 +138,22 @@ def plan_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
         beyond = [format_tokens(context) for context in contexts if context > plan.context_tokens]
         made_for = f"the model was made for {format_tokens(plan.context_tokens)} tokens"
         remarks.append(f"{made_for}; bytes at {', '.join(beyond)} are computed all the same" if beyond else made_for)
-    return [*remarks, *(f"note: {note}" for note in plan.notes)]
+    return [*remarks, *_convolution_remarks(plan), *(f"note: {note}" for note in plan.notes)]
+
+
+def _convolution_remarks(plan: Plan) -> list[str]:
+    """One line for all short convolutions of a kind; the layers of the table are attentions only."""
+    alike: Counter[tuple[int, int, int]] = Counter()
+    held: Counter[tuple[int, int, int]] = Counter()
+    for each in plan.convolutions:
+        kind = (each.site.channels, each.site.taps, each.kept_tokens)
+        alike[kind] += 1
+        held[kind] += each.stored_bytes(each.kept_tokens)
+    return [
+        f"short convolutions: {count} of {channels} channels and {taps} taps; a session keeps their last {kept} inputs, "
+        f"{format_bytes(held[channels, taps, kept])} in all"
+        for (channels, taps, kept), count in alike.items()
+    ]
 
 
 def plan_dict(plan: Plan, contexts: Sequence[int]) -> dict[str, Any]:
@@ -158,6 +173,7 @@ def plan_dict(plan: Plan, contexts: Sequence[int]) -> dict[str, Any]:
             for context in contexts
         ],
         "sites": [_site_dict(site, contexts) for site in plan.sites],
+        "convolutions": [{**asdict(each.site), "kept_tokens": each.kept_tokens} for each in plan.convolutions],
     }
 
 
@@ -234,11 +250,11 @@ def _site_dict(site: SitePlan, contexts: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _policy_counts(site: SitePlan) -> Counter[tuple[str, tuple[str, ...], str | None]]:
-    counts: Counter[tuple[str, tuple[str, ...], str | None]] = Counter()
+def _policy_counts(site: SitePlan) -> Counter[tuple[str, tuple[str, ...], str | None, str]]:
+    counts: Counter[tuple[str, tuple[str, ...], str | None, str]] = Counter()
     for group in site.groups:
         zones = tuple(zone.describe() for zone in group.policy.zones)
-        counts[(group.policy.name, zones, group.policy.store.dtype)] += len(group.kv_heads)
+        counts[(group.policy.name, zones, group.policy.store.dtype, group.policy.positions)] += len(group.kv_heads)
     return counts
 
 

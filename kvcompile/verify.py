@@ -1,7 +1,7 @@
 """Verification: what every compile proves on this machine before it reports anything else.
 
 1. `full` everywhere equals the original model, prefill in two chunks and then one token at a time.
-2. The runtime's attention equals the traced graph's at every site, on the same inputs.
+2. The runtime's attention, or convolution, equals the traced graph's at every site, on the same inputs.
 3. The spec against `full`: what the approximation costs, on tokens that stand beyond every window.
 In float32 the tolerance is one of rounding.  In bfloat16 two correct programs differ by rounding too, so the yardstick
 is the original itself: its distance between two attention implementations of transformers.
@@ -83,7 +83,7 @@ class Comparison:
 class Verification:
     """What was proved.
 
-    full: policy `full` against the original.  largest_site_difference: of the runtime's attention from the traced graph's,
+    full: policy `full` against the original.  largest_site_difference: of the runtime's site from the traced graph's,
     relative to a site's largest value.  spec: the spec's policies against `full`, scored beyond every window; None when a
     window is longer than any text read.
     """
@@ -118,13 +118,14 @@ def full_plan(plan: Plan) -> Plan:
         graph,
         Spec(None, {"full": HeadPolicy("full", (All(),))}, (HeadRule("full"),)),
         sites=tuple(site.site for site in plan.sites),
+        convolutions=tuple(each.site for each in plan.convolutions),
         context_tokens=plan.context_tokens,
         position_rows=plan.position_rows,
     )
     for each in (AssignPolicies(), BuildZones(), Place(), RequestKernels()):
         unit = each.run(unit)
     assert unit.plan is not None
-    return replace(plan, sites=unit.plan.sites, notes=unit.plan.notes)
+    return replace(plan, sites=unit.plan.sites, notes=unit.plan.notes, convolutions=unit.plan.convolutions)
 
 
 def record_key(model_hash: str, compiled: CompiledModel, graph: torch.fx.GraphModule, built: tuple[str, ...] = ()) -> str:
@@ -142,6 +143,7 @@ def record_key(model_hash: str, compiled: CompiledModel, graph: torch.fx.GraphMo
         "model": model_hash,
         "graph": graph_text(graph),
         "plan": [asdict(site) for site in compiled.plan.sites],
+        "convolutions": [asdict(each) for each in compiled.plan.convolutions],
         "built": list(built),
         "target": asdict(replace(compiled.spec.target, where="", memory_bytes=None)),
         "verify_tokens": compiled.spec.verify_tokens,
@@ -153,10 +155,10 @@ def record_key(model_hash: str, compiled: CompiledModel, graph: torch.fx.GraphMo
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def verify(compiled: CompiledModel, model: nn.Module, graph: torch.fx.GraphModule) -> Verification:
+def verify(compiled: CompiledModel, model: nn.Module, graph: torch.fx.GraphModule, frequency_tokens: int | None = None) -> Verification:
     """Both comparisons; raises VerificationError beyond the tolerance.
 
-    graph: the outlined graph, to find the first site that differs.
+    graph: the outlined graph, to find the first site that differs.  frequency_tokens: as `original_logits` wants it.
     """
     dtype = compiled.plan.sites[0].site.dtype
     room = compiled.plan.position_rows or 1 << 30
@@ -165,26 +167,26 @@ def verify(compiled: CompiledModel, model: nn.Module, graph: torch.fx.GraphModul
     reach = max((window for window in windows if window <= LONGEST_WINDOW), default=0)  # a window that nothing leaves proves nothing
     ids = text_ids(min(tokens + reach, room), compiled.vocabulary, compiled.tokenizer)
     full = compiled.with_plan(full_plan(compiled.plan))
-    expected = original_logits(model, ids)
+    expected = original_logits(model, ids, frequency_tokens)
     comparison = Comparison.of(expected, _prefill_and_steps(full, ids))
     sites = site_differences(graph, full, ids)
     wrong_logits = comparison.max_logit_difference > LOGIT_TOLERANCE.get(dtype, float("inf")) * max(1.0, float(expected.abs().max()) / 32)
     wrong_sites = any(not difference <= SITE_TOLERANCE[dtype] for difference in sites.values())
-    if wrong_logits or wrong_sites or not comparison.mean_kl <= _kl_limit(model, ids, dtype):
+    if wrong_logits or wrong_sites or not comparison.mean_kl <= _kl_limit(model, ids, dtype, frequency_tokens):
         raise VerificationError(
             Problem(
                 "verification",
                 f"policy full differs from the original model: {comparison.text()}. First difference: "
-                f"{first_difference(model, graph, full, ids)}.",
+                f"{first_difference(model, graph, full, ids, frequency_tokens)}.",
                 "Nothing was kept. kvcompile misreads this model; `--dump DIR` writes what is needed to report it.",
             )
         )
     return Verification(comparison, max(sites.values()), _approximation(compiled, full, tokens, room), dtype)
 
 
-def _kl_limit(model: nn.Module, ids: Tensor, dtype: str) -> float:
+def _kl_limit(model: nn.Module, ids: Tensor, dtype: str, frequency_tokens: int | None) -> float:
     """Nats that `full` may stand from the original."""
-    noise = original_noise(model, ids) if dtype in ("bfloat16", "float16") else None
+    noise = original_noise(model, ids, frequency_tokens) if dtype in ("bfloat16", "float16") else None
     if noise is None:
         return KL_TOLERANCE[dtype]
     return min(KL_TOLERANCE[dtype], max(NOISE_FLOOR, NOISE_FACTOR * Comparison.of(*noise).mean_kl))

@@ -2,13 +2,15 @@
 
 A layer with a sliding window of its own keeps that window whatever the policy says: the model was trained so, and no
 token outside it was ever visible.
+
+A convolution keeps its last inputs, and as many more as the largest `rollback` among the model's policies promises.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
+from kvcompile.ir.plan import ConvolutionPlan, HeadGroup, Plan, SitePlan
 from kvcompile.ir.policy import HeadPolicy, SinkRecent
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.ir.unit import Unit
@@ -32,10 +34,13 @@ class BuildZones:
         for node in unit.graph.graph.find_nodes(op="get_attr"):
             tensor = unit.graph.get_parameter(node.target) if _is_parameter(unit, node.target) else unit.graph.get_buffer(node.target)
             seen[id(tensor)] = tensor.numel() * tensor.element_size()
-        return replace(unit, plan=Plan(sites, sum(seen.values()), unit.context_tokens, unit.position_rows, notes))
+        rollback_tokens = max((policy.rollback_tokens for policies in unit.policies for policy in policies), default=0)
+        convolutions = tuple(ConvolutionPlan(site, rollback_tokens) for site in unit.convolutions)
+        return replace(unit, plan=Plan(sites, sum(seen.values()), unit.context_tokens, unit.position_rows, notes, convolutions))
 
     def ensures(self, unit: Unit) -> None:
         assert unit.plan is not None and len(unit.plan.sites) == len(unit.sites)
+        assert len(unit.plan.convolutions) == len(unit.convolutions)
 
 
 def _is_parameter(unit: Unit, target: str) -> bool:

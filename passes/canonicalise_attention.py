@@ -1,6 +1,7 @@
 """Canonicalise attention: every attention of the model is one `kvc.attend` node, numbered, with its facts.
 
-1. `scaled_dot_product_attention` with a causal flag and no mask of its own becomes `kvc.attend` (plain modules).
+1. Attention that is spelt out, as `scaled_dot_product_attention` or as products and a softmax, becomes `kvc.attend`
+   (`rewrite_attention`); transformers' attention interface has become so while it was traced (`huggingface`).
 2. Sites are numbered in execution order and described (`AttentionSite`).
 3. An attention that is still spelt out (a value with two token dimensions) is refused by its node.
 """
@@ -16,10 +17,9 @@ from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
 from kvcompile.ir.show import node_text
 from kvcompile.ir.sites import AttentionSite
-from kvcompile.ir.tokens import fake_value, path_of, token_dimensions
+from kvcompile.ir.tokens import fake_value, path_of, place_of, token_dimensions
 from kvcompile.ir.unit import Unit
-
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+from kvcompile.passes.rewrite_attention import rewrite_attention
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class CanonicaliseAttention:
 
     def run(self, unit: Unit) -> Unit:
         graph = unit.graph.graph
-        for node in graph.find_nodes(op="call_function", target=_SDPA):
-            _rewrite_sdpa(graph, node)
-        graph.eliminate_dead_code()
+        rewrite_attention(graph)
         sites = []
         for index, node in enumerate(graph.find_nodes(op="call_function", target=ATTEND)):
             node.update_arg(4, index)
@@ -43,9 +41,9 @@ class CanonicaliseAttention:
             first = left[0]
             raise UnsupportedGraphError(
                 Problem(
-                    f"{self.name}: {path_of(first) or first.name}",
+                    f"{self.name}: {place_of(first)}",
                     f"an attention is spelt out that kvcompile does not recognise: {node_text(first).strip()}",
-                    "Built: transformers' attention interface and scaled_dot_product_attention(is_causal=True).",
+                    "Only softmax attention and elementwise work may see two tokens at once.",
                 )
             )
         if not sites:
@@ -59,57 +57,6 @@ class CanonicaliseAttention:
         nodes = unit.graph.graph.find_nodes(op="call_function", target=ATTEND)
         assert [node.args[4] for node in nodes] == list(range(len(unit.sites)))
         assert all(len(token_dimensions(fake_value(node))) <= 1 for node in unit.graph.graph.nodes)
-
-
-def _rewrite_sdpa(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    """query [1, H, s, D] and key, value [1, K, s, .] under a causal flag: out [1, H, s, E] from `kvc.attend`'s [1, s, H, E]."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    problem = None
-    if given.get("attn_mask") is not None:
-        problem = "with a mask tensor of its own"
-    elif not given.get("is_causal", False):
-        problem = "without is_causal=True"
-    elif given.get("dropout_p", 0.0):
-        problem = "with dropout"
-    elif fake_value(given["query"]).dim() != 4:
-        problem = f"on {fake_value(given['query']).dim()}-dimensional tensors"
-    elif any(str(fake_value(given[name]).shape[0]) != "1" for name in names[:3]):
-        problem = "with heads or tokens in the batch dimension"
-    elif len({str(fake_value(given[name]).shape[2]) for name in names[:3]}) > 1:
-        problem = "with keys that are not the call's own tokens"
-    if problem:
-        raise UnsupportedGraphError(
-            Problem(
-                f"canonicalise_attention: {path_of(node) or node.name}",
-                f"scaled_dot_product_attention is called {problem}.",
-                "Built: is_causal=True on [batch, heads, tokens, head_dim], no mask, no dropout.",
-            )
-        )
-    scale = given.get("scale")
-    if scale is None:
-        scale = fake_value(given["query"]).shape[-1] ** -0.5
-    with graph.inserting_before(node):
-        site = graph.call_function(ATTEND, (given["query"], given["key"], given["value"], None, -1, float(scale), 0, 0.0))
-        out = graph.call_function(torch.ops.aten.transpose.int, (site, 1, 2))
-    value = fake_value(node)
-    site.meta = dict(node.meta, val=value.new_empty(value.shape[0], value.shape[2], value.shape[1], value.shape[3]))
-    out.meta = dict(node.meta, val=site.meta["val"].transpose(1, 2))
-    node.replace_all_uses_with(out)
-    graph.erase_node(node)
-    for user in _views_after(out):
-        user.target = torch.ops.aten.reshape.default  # the trace relied on sdpa's strides
-
-
-def _views_after(node: torch.fx.Node) -> list[torch.fx.Node]:
-    found, queue = [], list(node.users)
-    while queue:
-        user = queue.pop()
-        if user.target is torch.ops.aten.view.default:
-            found.append(user)
-        elif user.target in (torch.ops.aten.transpose.int, torch.ops.aten.permute.default):
-            queue += list(user.users)
-    return found
 
 
 def _describe(index: int, node: torch.fx.Node) -> AttentionSite:

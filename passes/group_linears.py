@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.linear_op import LINEARS
+from kvcompile.ir.site_operators import SITES
 from kvcompile.ir.tokens import fake_value, token_dimensions
 from kvcompile.ir.unit import Unit
 
@@ -71,7 +71,7 @@ def _groups(graph: torch.fx.Graph) -> list[list[torch.fx.Node]]:
     found: dict[tuple[Any, int, bool], list[torch.fx.Node]] = {}
     sites = 0
     for node in graph.nodes:
-        if node.target is ATTEND:
+        if node.target in SITES:
             sites += 1
         elif _is_ours(node):
             found.setdefault((node.args[0], sites, _bias(node) is not None), []).append(node)

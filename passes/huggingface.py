@@ -7,6 +7,7 @@ batch, and the mask is lost without a word.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,27 +66,29 @@ def _attention(
             )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if attention_mask is not None:
-        window = _marked_window(attention_mask)  # what the model's own attention would see; the keyword is only flash attention's
+        window, chunk = _marked_bounds(attention_mask)  # what the model's own attention sees; the keyword is only flash attention's
     else:
+        chunk = 0
         window = int((getattr(module, "sliding_window", None) if sliding_window is _NOT_GIVEN else sliding_window) or 0)
-    out = ATTEND(query, key, value, sinks[0] if sinks else None, -1, float(scale), window, float(softcap or 0.0))
+    out = ATTEND(query, key, value, sinks[0] if sinks else None, -1, float(scale), window, float(softcap or 0.0), chunk)
     return out, None
 
 
-def _marker(window: int) -> Tensor:
-    """Stands for a mask on its way from the model's mask factory to its attention: the window is its third size, 0 for none.
+def _marker(window: int, chunk: int) -> Tensor:
+    """Stands for a mask on its way from the model's mask factory to its attention: its sizes tell window and chunk, 0 for none.
 
     It holds no element, so slicing its last dimension, as models do, changes nothing.
     """
-    return torch.empty(1, 1, window + 1, 0)
+    return torch.empty(1, chunk + 1, window + 1, 0)
 
 
 def _is_marker(mask: Tensor) -> bool:
     return mask.dim() == 4 and mask.shape[3] == 0
 
 
-def _marked_window(mask: Tensor) -> int:
-    return int(mask.shape[2]) - 1
+def _marked_bounds(mask: Tensor) -> tuple[int, int]:
+    """(window, chunk)."""
+    return int(mask.shape[2]) - 1, int(mask.shape[1]) - 1
 
 
 def _leaf_masks(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
@@ -115,7 +118,7 @@ class MaskRecorder:
         attention_mask: Tensor | None = None,
         **keywords: Any,
     ) -> Tensor:
-        window = 0
+        window = chunk = 0
         if attention_mask is not None:
             raise _refuse(
                 "the model was called with a padded batch (an attention_mask).", "Give each sequence its own session instead of padding."
@@ -126,35 +129,64 @@ class MaskRecorder:
                 assert leaf.__closure__ is not None
                 window = int(leaf.__closure__[0].cell_contents)
                 self.windows.add(window)
+            elif kind == "chunked_overlay":
+                assert leaf.__closure__ is not None
+                chunk = _chunk_of(leaf)
+                self.windows.add(chunk)
             elif kind not in _KNOWN_MASKS:
                 raise _refuse(f"the model's attention mask uses {kind}.", "Built: causal and sliding-window masks.")
-        return _marker(window)
+        return _marker(window, chunk)
+
+
+def _chunk_of(leaf: Callable[..., Any]) -> int:
+    """The chunk that transformers' `chunked_overlay(chunk_size, left_padding)` closed over."""
+    return int(inspect.getclosurevars(leaf).nonlocals["chunk_size"])
 
 
 @contextlib.contextmanager
 def attention_as_nodes(model: torch.nn.Module) -> Iterator[MaskRecorder]:
-    """While open, `model`'s attention is `kvc.attend`; its own implementations are restored afterwards.
-
-    Mixtures of experts run every expert's tokens as one batched product: the other ways sort tokens by expert, and a graph
-    that sorts tokens cannot be seen to keep them apart.
-    """
+    """While open, `model`'s attention is `kvc.attend`; its own implementations are restored afterwards."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     recorder = MaskRecorder()
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, recorder)
+    with own_attention(model, NAME):
+        yield recorder
+
+
+@contextlib.contextmanager
+def own_attention(model: torch.nn.Module, implementation: str) -> Iterator[None]:
+    """While open, `model` runs transformers' own "sdpa" or "eager" attention, which the graph then spells out.
+
+    Raises UnsupportedGraphError for a model that has no such implementation.
+    """
     config: Any = model.config
     before = config._attn_implementation
     set_implementation: Any = model.set_attn_implementation
-    has_experts = getattr(model, "_can_set_experts_implementation", lambda: False)()
-    experts = config._experts_implementation if has_experts else None
-    set_implementation(NAME)
-    if has_experts:
-        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     try:
-        yield recorder
+        set_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise _refuse(f"{type(model).__name__} has no {implementation} attention.", "") from error
+    try:
+        with _batched_experts(model):
+            yield
     finally:
         set_implementation(before)
-        if has_experts:
-            model.set_experts_implementation(experts)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _batched_experts(model: Any) -> Iterator[None]:
+    """Mixtures of experts run every expert's tokens as one batched product: the other ways sort tokens by expert, and a graph
+    that sorts tokens cannot be seen to keep them apart.
+    """
+    if not getattr(model, "_can_set_experts_implementation", lambda: False)():
+        yield
+        return
+    before = model.config._experts_implementation
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

@@ -1,7 +1,8 @@
 """Make positions explicit: nothing but `position_ids` says where a token stands.
 
-1. `arange` over the token dimension, from 0 in steps of 1, becomes `position_ids[0]`, and the first rows of a table, as
-   many as there are tokens (`table[:tokens]`), become the rows of those positions.
+1. Whatever counts the call's tokens (`arange`, a running sum of ones) and is found, by evaluating it, to be a * position + b,
+   becomes that; the first rows of a table, as many as there are tokens (`table[:tokens]`), become the rows of those positions.
+   A running sum over the tokens that are no padding token counts all of them, and a warning says so: sessions hold no padding.
 2. The number of tokens in the call may shape tensors; used as a *value* it would make a token's result depend on how
    many tokens stand beside it, and is refused by its node.
 3. A table whose rows are chosen by positions bounds every session (`position_rows`).
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
+from kvcompile.ir.evaluate import ancestors, content_nodes, evaluate_nodes
 from kvcompile.ir.graphs import depends_only_on, evaluate
 from kvcompile.ir.show import node_text
-from kvcompile.ir.tokens import fake_value, is_size, path_of, token_dimensions
+from kvcompile.ir.tokens import fake_value, is_size, place_of, token_dimensions
 from kvcompile.ir.unit import Unit
 
 _aten = torch.ops.aten
 _ARANGE = (_aten.arange.default, _aten.arange.start, _aten.arange.start_step)
+_RUNNING_SUMS = (_aten.cumsum.default,)
 _CUTS = (_aten.slice.Tensor, _aten.narrow.default)
 # operators whose size arguments only shape the result
 _SHAPING = frozenset(
@@ -59,10 +62,10 @@ class MakePositionsExplicit:
     def run(self, unit: Unit) -> Unit:
         graph = unit.graph.graph
         input_ids, position_ids = graph.find_nodes(op="placeholder")
-        for target in _ARANGE:
-            for node in graph.find_nodes(op="call_function", target=target):
-                if token_dimensions(fake_value(node)):
-                    _replace_arange(graph, node, input_ids, position_ids)
+        warnings = list(unit.warnings)
+        for node in list(graph.nodes):
+            if node.target in (*_ARANGE, *_RUNNING_SUMS) and len(token_dimensions(fake_value(node))) == 1:
+                warnings += _replace_count(graph, node, input_ids, position_ids)
         for node in [node for target in _CUTS for node in graph.find_nodes(op="call_function", target=target)]:
             if token_dimensions(fake_value(node)) and not token_dimensions(fake_value(node.args[0])):
                 _replace_first_rows(graph, node, input_ids, position_ids)
@@ -70,35 +73,69 @@ class MakePositionsExplicit:
         for node in graph.nodes:
             _refuse_size_as_value(self.name, node)
         unit.graph.recompile()
-        return replace(unit, position_rows=_position_rows(graph, position_ids))
+        return replace(unit, position_rows=_position_rows(graph, position_ids), warnings=tuple(dict.fromkeys(warnings)))
 
     def ensures(self, unit: Unit) -> None:
         for target in _ARANGE:
             assert not any(token_dimensions(fake_value(n)) for n in unit.graph.graph.find_nodes(op="call_function", target=target))
 
 
-def _replace_arange(graph: torch.fx.Graph, node: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node) -> None:
-    start: Any = 0
-    step: Any = 1
-    if node.target is not _aten.arange.default:
-        start = node.args[0]
-        step = node.args[2] if len(node.args) > 2 else 1
-    if start != 0 or step != 1 or str(fake_value(node).shape[0]) != str(fake_value(input_ids).shape[1]):
+def _replace_count(
+    graph: torch.fx.Graph, node: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node
+) -> tuple[str, ...]:
+    """Rule 1 for one node; returns warnings.  A running sum of something else is left to `check_token_wise`."""
+    if position_ids in ancestors([node], ()) or fake_value(node).dim() > 2:
+        return ()
+    found, padding = _affine(node, input_ids)
+    if found is None:
+        if node.target in _RUNNING_SUMS:
+            return ()
         raise UnsupportedGraphError(
             Problem(
-                f"make_positions_explicit: {path_of(node) or node.name}",
-                f"positions do not run from 0 in steps of 1, one a token: {node_text(node).strip()}",
+                f"make_positions_explicit: {place_of(node)}",
+                f"positions are not a * position + b, one a token: {node_text(node).strip()}",
                 "Let the model take position_ids as its second argument.",
             )
         )
+    step, start = found
     value = fake_value(node)
     with graph.inserting_before(node):
-        positions = graph.call_function(_aten.select.int, (position_ids, 0, 0))
-        cast = graph.call_function(_aten.to.dtype, (positions, value.dtype))
-    positions.meta = dict(node.meta, val=fake_value(position_ids)[0])
-    cast.meta = dict(node.meta, val=positions.meta["val"].to(value.dtype))
-    node.replace_all_uses_with(cast)
+        made = [position_ids] if value.dim() == 2 else [graph.call_function(_aten.select.int, (position_ids, 0, 0))]
+        if step != 1:
+            made.append(graph.call_function(_aten.mul.Scalar, (made[-1], step)))
+        if start != 0:
+            made.append(graph.call_function(_aten.add.Scalar, (made[-1], start)))
+        made.append(graph.call_function(_aten.to.dtype, (made[-1], value.dtype)))
+    for each in made:
+        if each is not position_ids:
+            each.meta = dict(node.meta, val=each.target(*(fake_value(a) if isinstance(a, torch.fx.Node) else a for a in each.args)))  # type: ignore[operator]
+    node.replace_all_uses_with(made[-1])
     graph.erase_node(node)
+    if not padding:
+        return ()
+    return (f"the model's positions skip token {', '.join(map(str, sorted(padding)))}; a session counts it like any other token",)
+
+
+def _affine(node: torch.fx.Node, input_ids: torch.fx.Node) -> tuple[tuple[int, int] | None, frozenset[int]]:
+    """(a, b) if the value at position i is a * i + b whatever the number of tokens; and the token ids that it skips.
+
+    It may depend on token ids by comparing them with constants; they are then evaluated on ids that are none of these.
+    """
+    cone = ancestors([node], ())
+    special = frozenset(argument for each in cone if input_ids in each.all_input_nodes for argument in each.args if type(argument) is int)
+    if any(each.op == "get_attr" for each in cone):
+        return None, frozenset()
+    few, many = 5, 9
+    ordinary = [token for token in range(2 * many + len(special)) if token not in special][:many]
+    try:
+        rows = [evaluate_nodes([node], {input_ids: torch.tensor([ordinary[:tokens]])})[0].flatten() for tokens in (few, many)]
+    except LookupError:
+        return None, frozenset()
+    start, step = int(rows[1][0]), int(rows[1][1] - rows[1][0])
+    for row, tokens in zip(rows, (few, many), strict=True):
+        if len(row) != tokens or not torch.equal(row.long(), torch.arange(tokens) * step + start):
+            return None, frozenset()
+    return (step, start), special if node in content_nodes(node.graph, input_ids) else frozenset()
 
 
 def _replace_first_rows(graph: torch.fx.Graph, node: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node) -> None:
@@ -109,7 +146,7 @@ def _replace_first_rows(graph: torch.fx.Graph, node: torch.fx.Node, input_ids: t
     if start not in (0, None) or step != 1 or str(fake_value(node).shape[dim]) != tokens:
         raise UnsupportedGraphError(
             Problem(
-                f"make_positions_explicit: {path_of(node) or node.name}",
+                f"make_positions_explicit: {place_of(node)}",
                 f"the number of tokens decides where a table is cut: {node_text(node).strip()}",
                 "Let the model take position_ids as its second argument.",
             )
@@ -131,7 +168,7 @@ def _refuse_size_as_value(pass_name: str, node: torch.fx.Node) -> None:
     if any(isinstance(argument, torch.fx.Node) and is_size(argument) for argument in given):
         raise UnsupportedGraphError(
             Problem(
-                f"{pass_name}: {path_of(node) or node.name}",
+                f"{pass_name}: {place_of(node)}",
                 f"the number of tokens in the call is used as a value: {node_text(node).strip()}",
                 "A token's result may depend on its position, never on how many tokens stand beside it.",
             )
@@ -161,7 +198,7 @@ def _look_ups(graph: torch.fx.Graph) -> Iterator[tuple[int, Any]]:
 
 
 def _positions_within(index: torch.fx.Node, position_ids: torch.fx.Node, rows: int) -> int:
-    """How many positions, from 0, have a row: OPT looks up position + 2, so 2 rows less than the table has."""
+    """How many positions, from 0, have a row: a model that looks up position + 2 has 2 rows less than its table."""
     found = evaluate(index, {position_ids: torch.arange(rows + 1)[None]})
     if found is None:
         return rows

@@ -1,4 +1,4 @@
-"""Outline segments: cut the graph at its attention sites; equal pieces become one sub-graph, called many times.
+"""Outline segments: cut the graph at its sites, attentions and convolutions alike; equal pieces become one sub-graph, called many times.
 
     input_ids, position_ids -> segment_0 -> attend 0 -> segment_1 -> attend 1 -> ... -> logits
 
@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 import networkx as nx
 import torch
 
-from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
 from kvcompile.ir.graphs import to_networkx
 from kvcompile.ir.show import node_text
-from kvcompile.ir.tokens import fake_value, is_size, path_of, token_dimensions
+from kvcompile.ir.site_operators import SITES, site_nodes
+from kvcompile.ir.tokens import fake_value, is_size, place_of, token_dimensions
 from kvcompile.ir.unit import Unit
 
 
 @dataclass(frozen=True)
 class OutlineSegments:
-    """Between two attentions the model is a function of one token: that function becomes a segment, shared by equals."""
+    """Between two sites the model is a function of one token: that function becomes a segment, shared by equals."""
 
     name: str = "outline_segments"
     requires: tuple[str, ...] = ("check_token_wise", "request_kernels")
@@ -41,8 +41,7 @@ class OutlineSegments:
         for node in unit.graph.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 values[node] = top.node_copy(node)
-        sites = unit.graph.graph.find_nodes(op="call_function", target=ATTEND)
-        for piece, site in zip(pieces, [*sites, None], strict=True):
+        for piece, site in zip(pieces, [*site_nodes(unit.graph.graph), None], strict=True):
             if piece.outputs:
                 _call(top, values, piece, *distinct.find(piece.build()))
             if site is not None:
@@ -58,8 +57,8 @@ class OutlineSegments:
     def ensures(self, unit: Unit) -> None:
         nodes = unit.graph.graph.nodes
         assert not any(is_size(node) for node in nodes), "a size crosses a cut"
-        assert all(node.target in (ATTEND, operator.getitem) for node in nodes if node.op == "call_function")
-        assert len(unit.graph.graph.find_nodes(op="call_function", target=ATTEND)) == len(unit.sites)
+        assert all(node.target in (*SITES, operator.getitem) for node in nodes if node.op == "call_function")
+        assert len(site_nodes(unit.graph.graph)) == len(unit.sites) + len(unit.convolutions)
 
 
 @dataclass
@@ -101,7 +100,7 @@ def _cut(graph: torch.fx.Graph) -> list[_Piece]:
     pieces = [_Piece()]
     home: dict[torch.fx.Node, int] = {}
     for node in graph.nodes:
-        if node.target is ATTEND:
+        if node.target in SITES:
             pieces.append(_Piece())
         elif node.op == "call_function" and not is_size(node):
             home[node] = len(pieces) - 1
@@ -129,7 +128,7 @@ def _refuse_uneven_cuts(pass_name: str, graph: torch.fx.Graph, pieces: list[_Pie
         if any(str(value.shape[dim]) != tokens for dim in token_dimensions(value)):
             raise UnsupportedGraphError(
                 Problem(
-                    f"{pass_name}: {path_of(node) or node.name}",
+                    f"{pass_name}: {place_of(node)}",
                     f"a value with several rows a token is kept across an attention: {node_text(node).strip()}",
                     "Keep it as [1, tokens, ...].",
                 )

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,54 +21,102 @@ from torch.fx.graph import CodeGen
 
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
-from kvcompile.ir.tokens import path_of
+from kvcompile.ir.evaluate import content_nodes
+from kvcompile.ir.tokens import fixed_tokens, place_of
 from kvcompile.passes import huggingface
+from kvcompile.passes.check_token_wise import Copies, token_mixing, why_mixes
+from kvcompile.passes.fix_frequency_branch import refuse_dynamic_frequencies
 
 EXAMPLE_TOKENS = 24  # an example of one token would specialise the graph to it
 MAX_TOKENS = 1 << 20
+_FIXED = "specialized it to be a constant"  # how torch.export says that a number of tokens was written into the graph
+_FIXED_TOKENS = 13  # a size that nothing else in a model has
+
+
+class FixedLengthError(UnsupportedGraphError):
+    """The model's graph depends on how many tokens there are (a loop over them): no other front end will change that."""
 
 
 class _HuggingFaceCall(nn.Module):
+    """A transformers model; what its forward does not take by name (positions, caches) it is not given."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        taken = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in taken and not _counts_its_own_positions(model)
+        self.keywords = {"use_cache": False} if "use_cache" in taken else {}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        logits: Tensor = self.model(input_ids=input_ids, **positions, **self.keywords).logits
         return logits
 
 
+def _counts_its_own_positions(model: nn.Module) -> bool:
+    """Whether the model's own positions are not 0, 1, 2, ... but begin behind the padding token's number."""
+    return any(hasattr(type(module), "create_position_ids_from_input_ids") for module in model.modules())
+
+
 class _PlainCall(nn.Module):
+    """A module as it stands: forward(ids) or forward(ids, position_ids); an exported program may want them by name."""
+
     def __init__(self, model: nn.Module, takes_positions: bool) -> None:
         super().__init__()
         self.model = model
         self.takes_positions = takes_positions
+        spec: Any = getattr(model, "_in_spec", None)
+        names = list(spec.child(1).context) if spec is not None and spec.num_children == 2 else []
+        self.names = names if set(names) <= {"input_ids", "position_ids"} else []
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        out = self.model(input_ids, position_ids) if self.takes_positions else self.model(input_ids)
-        logits: Tensor = out[0] if isinstance(out, tuple) else out
+        if self.names:
+            given = {"input_ids": input_ids, "position_ids": position_ids}
+            out = self.model(**{name: given[name] for name in self.names})
+        else:
+            out = self.model(input_ids, position_ids) if self.takes_positions else self.model(input_ids)
+        if isinstance(out, dict):
+            out = out["logits"]  # transformers' outputs are dicts too
+        logits: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return logits
 
 
-def trace(model: nn.Module) -> torch.fx.GraphModule:
+FrontEnd: TypeAlias = Literal["interface", "sdpa", "eager", "plain"]
+
+
+def front_ends(model: nn.Module) -> tuple[FrontEnd, ...]:
+    """The ways to trace a model, in the order in which they are worth trying.
+
+    interface: transformers' attention interface.  sdpa, eager: transformers' own implementations, whose products and masks are
+    then recognised in the graph.  plain: a module as it stands.
+    """
+    return ("interface", "sdpa", "eager") if huggingface.is_huggingface(model) else ("plain",)
+
+
+def trace(model: nn.Module, front_end: FrontEnd | None = None) -> torch.fx.GraphModule:
     """The graph of `model`, its parameters under their own names (`model.layers.0.mlp.up_proj.weight`).
 
+    front_end: one of `front_ends(model)`; None is the first.
     The parameters are the model's own tensors, not copies; a model built under a FakeTensorMode gives a graph with
     fake parameters (`bind_weights` fills them in).
     Raises UnsupportedGraphError when torch.export cannot trace the model.
     """
-    if model.training:
+    if model.training and not isinstance(model, torch.fx.GraphModule):  # a graph says itself what its dropouts do
         raise UnsupportedGraphError(Problem("trace", "the model is in training mode.", "Call model.eval() first."))
+    refuse_dynamic_frequencies(getattr(model, "config", None))
+    front_end = front_end or front_ends(model)[0]
     context: contextlib.AbstractContextManager[huggingface.MaskRecorder | None] = contextlib.nullcontext()
     call: nn.Module
-    if huggingface.is_huggingface(model):
-        context = huggingface.attention_as_nodes(model)
-        call = _HuggingFaceCall(model)
-    else:
+    if front_end == "plain":
         call = _PlainCall(model, takes_positions(model))
+    else:
+        context = huggingface.attention_as_nodes(model) if front_end == "interface" else huggingface.own_attention(model, front_end)
+        call = _HuggingFaceCall(model)
     with context as masks, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.export warns of its own internals
-        program = _export(call)
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # of what `_attributes_kept` takes back
+        with _attributes_kept(model):
+            program = _export(call)
         if masks is not None:
             _check_windows(program, masks.windows)
         if any(_mutates(node) for node in program.graph.nodes):
@@ -83,8 +132,8 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def _check_windows(program: ExportedProgram, asked: set[int]) -> None:
-    """Every sliding window that the model's masks have must have reached an attention."""
-    reached = {node.args[6] for node in program.graph.find_nodes(op="call_function", target=ATTEND)}
+    """Every sliding window and chunk that the model's masks have must have reached an attention."""
+    reached = {bound for node in program.graph.find_nodes(op="call_function", target=ATTEND) for bound in (node.args[6], *node.args[8:9])}
     if lost := asked - reached:
         raise UnsupportedGraphError(
             Problem(
@@ -93,6 +142,18 @@ def _check_windows(program: ExportedProgram, asked: set[int]) -> None:
                 "The window would be lost; the model cannot be compiled yet.",
             )
         )
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """While torch.export runs a forward that keeps tensors in plain attributes (LongRoPE's frequencies), it leaves fake ones there."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -109,26 +170,58 @@ def _export(call: nn.Module) -> ExportedProgram:
         input_ids = torch.arange(EXAMPLE_TOKENS, device=device)[None] % 7 + 3
         position_ids = torch.arange(EXAMPLE_TOKENS, device=device)[None].contiguous()
 
-        def export(tokens: Any) -> ExportedProgram:
+        def export(tokens: Any, deferred: bool) -> ExportedProgram:
             shapes = {"input_ids": {1: tokens}, "position_ids": {1: tokens}}
-            return torch.export.export(call, (input_ids, position_ids), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(
+                call,
+                (input_ids, position_ids),
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=deferred,
+            )
 
-        try:
+        first: Exception | None = None
+        for tokens, deferred in (
+            (Dim("tokens", min=1, max=MAX_TOKENS), False),
+            (Dim.DYNAMIC, False),  # a table of fewer rows bounds the number of tokens
+            (Dim.DYNAMIC, True),  # a guard on the number of tokens (chunks, a slice of a mask) is checked when it runs
+        ):
             try:
-                return export(Dim("tokens", min=1, max=MAX_TOKENS))
-            except torch._dynamo.exc.UserError:
-                return export(Dim.DYNAMIC)  # a table of fewer rows bounds the number of tokens
-        except UnsupportedGraphError:
-            raise
-        except Exception as error:  # torch.export raises dozens of classes; the user sees one
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UnsupportedGraphError(
-                Problem(
-                    "trace",
-                    f"torch.export could not trace {type(getattr(call, 'model', call)).__name__}: {type(error).__name__}: {reason}",
-                    "Its forward must be traceable for a varying number of tokens, without a KV cache.",
-                )
-            ) from error
+                return export(tokens, deferred)
+            except UnsupportedGraphError:
+                raise
+            except Exception as error:  # torch.export raises dozens of classes; the user sees one
+                first = first or error
+                if _FIXED in str(error):
+                    break
+        assert first is not None
+        reason = next((line.strip() for line in str(first).splitlines() if line.strip()), type(first).__name__)
+        name = type(getattr(call, "model", call)).__name__
+        what = f"torch.export could not trace {name}: {type(first).__name__}: {reason}"
+        if _FIXED not in str(first):
+            mend = "Its forward must be traceable for a varying number of tokens, without a KV cache."
+            raise UnsupportedGraphError(Problem("trace", what, mend)) from first
+        mend = "Take sizes from `ids.shape[1]`; a program of torch.export needs dynamic_shapes={1: torch.export.Dim('tokens')}."
+        what = f"torch.export could not trace {name}: it is fixed to one number of tokens."
+        raise FixedLengthError(*_mixers_of_fixed_length(call, device), Problem("trace", what, mend)) from first
+
+
+def _mixers_of_fixed_length(call: nn.Module, device: torch.device) -> list[Problem]:
+    """What mixes tokens in a model that cannot be traced for a varying number of them: it is traced for one number, to name it."""
+    ids, positions = (torch.arange(_FIXED_TOKENS, device=device)[None] for _ in range(2))
+    try:
+        program = torch.export.export(call, (ids % 7 + 3, positions.contiguous()), strict=False).run_decompositions({})
+        graph = _as_plain_graph(program).graph
+    except Exception:  # it cannot be traced at all, which the user knows already
+        return []
+    input_ids = next(iter(graph.find_nodes(op="placeholder")), None)
+    if input_ids is None:
+        return []
+    content = content_nodes(graph, input_ids)
+    copies: Copies = {}
+    with fixed_tokens(_FIXED_TOKENS):
+        found = ((node, why_mixes(node, copies)) for node in graph.nodes if node in content)
+        return [token_mixing(node, why) for node, why in found if why][:1]
 
 
 def _mutates(node: torch.fx.Node) -> bool:
@@ -143,6 +236,13 @@ def _as_plain_graph(program: ExportedProgram) -> torch.fx.GraphModule:
     for node in list(graph.nodes):
         if "_assert" in str(node.target) or (node.op == "call_module" and "_guards" in str(node.target)):
             graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
+        if node.args[2] and node.args[1]:
+            raise UnsupportedGraphError(
+                Problem(f"trace: {place_of(node)}", "the graph draws a dropout.", "Trace or export the model after model.eval().")
+            )
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
     graph.set_codegen(CodeGen())
     (output,) = graph.find_nodes(op="output")
     result = output.args[0]
@@ -173,7 +273,7 @@ def _refuse_subgraph(node: torch.fx.Node) -> None:
     operators = ", ".join(sorted({getattr(user.target, "__name__", str(user.target)) for user in node.users}))
     raise UnsupportedGraphError(
         Problem(
-            f"trace: {path_of(node) or node.name}",
+            f"trace: {place_of(node)}",
             f"the model's forward uses {operators}, which holds a graph of its own.",
             "Take autocast, enable_grad, checkpointing and data-dependent control flow out of forward.",
         )

@@ -1,4 +1,4 @@
-"""Where a store's positions lie in memory, as the words that the kernels' launcher reads (codegen/cpp/launcher.cpp).
+"""Where a store's positions lie in memory, as the words that the kernels' launcher reads (codegen/cpp/stores.h).
 
     growing   0, parts, and of each part: key, value, bytes from one head's keys to the next one's, the same of values, first
               position, end of its positions

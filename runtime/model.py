@@ -15,6 +15,7 @@ from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
 from kvcompile.ir.policy import All, SinkRecent
 from kvcompile.ir.spec import Spec
 from kvcompile.runtime.attend import attend_spans
+from kvcompile.runtime.convolution_state import ConvolutionState, convolve_packed
 from kvcompile.runtime.generation import Generation, complete, generate
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.layout import KeyLayout
@@ -70,7 +71,7 @@ class CompiledModel:
     def session(self) -> Session:
         """An empty session."""
         stores = [[make_store(site, group, self.kernels.serve(group)) for group in site.groups] for site in self.plan.sites]
-        return Session(self, stores, [])
+        return Session(self, stores, tuple(map(ConvolutionState.empty, self.plan.convolutions)), [])
 
     @functools.cached_property
     def native_sites(self) -> list[NativeSite]:
@@ -93,14 +94,14 @@ class CompiledModel:
             session.check_usable()
             session.check_room(len(ids))
             session.warn_beyond_context(len(ids))
-        before = [len(session) for session in sessions]
+        before = [(len(session), session.convolutions) for session in sessions]
         try:
             if self.spec.target.deterministic:
                 return torch.cat([self._forward([one], logits_of) for one in batch])
             return self._forward(batch, logits_of)
         except BaseException as error:
-            for session, length in zip(sessions, before, strict=True):
-                session.restore_after_failure(length, error)
+            for session, (length, convolutions) in zip(sessions, before, strict=True):
+                session.restore_after_failure(length, convolutions, error)
             raise
 
     def _forward(self, batch: Sequence[tuple[Session, Tensor]], logits_of: str) -> Tensor:
@@ -114,8 +115,9 @@ class CompiledModel:
             wanted = torch.tensor(lengths).cumsum(0) - 1 if logits_of == "last" else None
         call = PackedCall.begin(self, sessions, before, lengths, only_last=wanted is not None)
         input_ids = (batch[0][1] if len(batch) == 1 else torch.cat([ids for _, ids in batch]))[None]
-        logits = self.program.run(input_ids, positions[None], call.attend, wanted)[0].float()
-        for session, ids in batch:
+        logits = self.program.run(input_ids, positions[None], call, wanted)[0].float()
+        for (session, ids), convolutions in zip(batch, call.convolutions, strict=True):
+            session.convolutions = tuple(convolutions)
             session.tokens.extend(ids.tolist())
         return logits
 
@@ -152,7 +154,10 @@ class CompiledModel:
 
 @dataclass(frozen=True)
 class PackedCall:
-    """Which rows of a packed call belong to which session, and the attention of all of them at one site."""
+    """Which rows of a packed call belong to which session, and what all of them do at one site.
+
+    convolutions: of each session, the states as far as the call has come; the session gets them when it is done.
+    """
 
     model: CompiledModel
     sessions: list[Session]
@@ -160,6 +165,7 @@ class PackedCall:
     lengths: list[int]
     only_last: bool
     tables: list[NativeTable]
+    convolutions: list[list[ConvolutionState]]
 
     @classmethod
     def begin(cls, model: CompiledModel, sessions: list[Session], before: list[int], lengths: list[int], only_last: bool) -> PackedCall:
@@ -169,10 +175,11 @@ class PackedCall:
         start = 0
         for row, (session, length) in enumerate(zip(sessions, lengths, strict=True)):
             session.native.count_rings(length, start, before[row])
-            if only_last:
+            if only_last and model.program.ends_with_attention:
                 session.native.ask_last_only(row, length)
             start += length
-        return cls(model, sessions, before, lengths, only_last, [session.native for session in sessions])
+        tables, convolutions = [session.native for session in sessions], [list(session.convolutions) for session in sessions]
+        return cls(model, sessions, before, lengths, only_last, tables, convolutions)
 
     def attend(
         self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sink_query: Tensor | None, final: bool
@@ -183,28 +190,52 @@ class PackedCall:
         native = self.model.native_sites[site]
         if native.some:
             tables = [table.sites[site] for table in self.tables]
-            attend_native(query, key, value, None if sinks is None else sinks.float(), tables, native.kv_heads, out)
+            learnt = None if sinks is None else sinks.float()
+            attend_native(query, key, value, learnt, tables, native.kv_heads, out, sink_query=sink_query, slopes=native.slopes)
         if not native.all:
-            self._attend_in_torch(site, query, key, value, sinks, last_only, out)
+            self._attend_in_torch(site, query, key, value, sinks, sink_query, last_only, out)
+        return out
+
+    def convolve(self, site: int, input: Tensor, weight: Tensor, bias: Tensor | None, final: bool) -> Tensor:
+        """out [1, channels, rows]; rows as of `attend`."""
+        states = [convolutions[site] for convolutions in self.convolutions]
+        out, after = convolve_packed(states, self.lengths, input, weight, bias, final and self.only_last)
+        for convolutions, state in zip(self.convolutions, after, strict=True):
+            convolutions[site] = state
         return out
 
     def _attend_in_torch(
-        self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, last_only: bool, out: Tensor
+        self,
+        site: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        sink_query: Tensor | None,
+        last_only: bool,
+        out: Tensor,
     ) -> None:
         """The groups that have no C++ kernel."""
         plan = self.model.plan.sites[site]
         facts = plan.site
+        by_kv_head = (facts.kv_heads, facts.queries_per_kv)
+        slopes_KG = torch.tensor(facts.slopes, dtype=torch.float64).unflatten(0, by_kv_head) if facts.slopes else None
         start = row = 0
         for session, before, length in zip(self.sessions, self.before, self.lengths, strict=True):
             skip = length - 1 if last_only else 0
-            query_KGSD = query[0, :, start + skip : start + length].unflatten(0, (facts.kv_heads, facts.queries_per_kv))
-            out_SKGE = out[0, row : row + length - skip].unflatten(1, (facts.kv_heads, facts.queries_per_kv))
+            rows = slice(start + skip, start + length)
+            query_KGSD = query[0, :, rows].unflatten(0, by_kv_head)
+            out_SKGE = out[0, row : row + length - skip].unflatten(1, by_kv_head)
             for group, store in zip(plan.groups, session.stores(site), strict=True):
                 if self.model.kernels.serve(group):
                     continue
                 heads = _as_index(group.kv_heads)
                 spans = store.extend(key[0, heads, start : start + length], value[0, heads, start : start + length])
                 assert group.request is not None
+                sink_query_HGSD = None
+                if group.request.cache_index:
+                    assert sink_query is not None, f"{facts.path}: nothing made the query that the sinks are shown"
+                    sink_query_HGSD = sink_query[0, :, rows].unflatten(0, by_kv_head)[heads]
                 state = attend_spans(
                     query_KGSD[heads],
                     spans,
@@ -213,9 +244,12 @@ class PackedCall:
                     recent_tokens=group.request.recent_tokens,
                     scale=facts.scale,
                     soft_cap=facts.soft_cap,
+                    chunk_tokens=group.request.chunk_tokens,
+                    slopes_HG=None if slopes_KG is None else slopes_KG[heads],
+                    sink_query_HGSD=sink_query_HGSD,
                 )
                 if sinks is not None:
-                    state = apply_learnt_sinks(state, sinks.unflatten(0, (facts.kv_heads, facts.queries_per_kv))[heads])
+                    state = apply_learnt_sinks(state, sinks.unflatten(0, by_kv_head)[heads])
                 out_SKGE[:, heads] = state.out.permute(2, 0, 1, 3).to(out.dtype)
             start += length
             row += length - skip

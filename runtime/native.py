@@ -149,11 +149,15 @@ class NativeTable:
 
 
 class NativeSite(NamedTuple):
-    """kv_heads: those of a site in the order of its groups, int64; whether kernels serve some, all of its groups."""
+    """kv_heads: those of a site in the order of its groups, int64; whether kernels serve some, all of its groups.
+
+    slopes: float32 [query_heads] of a site with ALiBi.
+    """
 
     kv_heads: Tensor
     some: bool
     all: bool
+    slopes: Tensor | None
 
 
 def native_sites(plan: Plan, kernels: NativeKernels) -> list[NativeSite]:
@@ -162,19 +166,30 @@ def native_sites(plan: Plan, kernels: NativeKernels) -> list[NativeSite]:
     for site in plan.sites:
         served = [kernels.serve(group) for group in site.groups]
         kv_heads = torch.tensor([head for group in site.groups for head in group.kv_heads], dtype=torch.int64)
-        found.append(NativeSite(kv_heads, any(served), all(served)))
+        slopes = torch.tensor(site.site.slopes, dtype=torch.float32) if site.site.slopes else None
+        found.append(NativeSite(kv_heads, any(served), all(served), slopes))
     return found
 
 
 def attend_native(
-    query: Tensor, key: Tensor, value: Tensor, learnt_sinks: Tensor | None, tables: Sequence[Tensor], kv_heads: Tensor, out: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    learnt_sinks: Tensor | None,
+    tables: Sequence[Tensor],
+    kv_heads: Tensor,
+    out: Tensor,
+    *,
+    sink_query: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> None:
     """Appends and attends for every row of `tables` (one [R, columns] a session), into `out` [1, rows, query_heads, value_dim].
 
-    query [1, query_heads, tokens, head_dim]; key, value [1, kv_heads, tokens, ...]; kv_heads: NativeSite's.
+    query [1, query_heads, tokens, head_dim]; key, value [1, kv_heads, tokens, ...]; kv_heads, slopes: NativeSite's.
+    sink_query: like query; what kernels with `cache_index` show to the sinks.
     """
     table = tables[0] if len(tables) == 1 else torch.cat(list(tables))
-    torch.ops.kvc_native.attend.default(query, key, value, learnt_sinks, table, kv_heads, out)
+    torch.ops.kvc_native.attend.default(query, key, value, learnt_sinks, sink_query, slopes, table, kv_heads, out)
 
 
 def _signed(number: int) -> int:

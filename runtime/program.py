@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.attend_op import ATTEND
+from kvcompile.ir.convolve_op import CONVOLVE
 from kvcompile.ir.tokens import fake_value, token_dimensions
 
 
 class Segment(Protocol):
-    """What runs between two attentions."""
+    """What runs between two sites."""
 
     def bind(self, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         """The segment with one layer's weights: a function of the activations alone."""
@@ -70,19 +71,40 @@ class Attend:
     frees: tuple[int, ...]
 
 
-# (site, query [1, query_heads, tokens, head_dim], key, value, learnt_sinks, sink_query, only wanted rows)
-#   -> [1, rows, query_heads, value_dim]
-AttendFunction = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], Tensor]
+@dataclass(frozen=True)
+class Convolve:
+    """Convolve at a site: slots of input, weight, bias (None when there is none) and of the result; frees: as of `Attend`."""
+
+    site: int
+    input: int
+    weight: int
+    bias: int | None
+    output: int
+    frees: tuple[int, ...]
+
+
+class Memory(Protocol):
+    """What sites remember of earlier tokens: the sessions of one call.  `final`: only the wanted rows are asked for."""
+
+    def attend(
+        self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sink_query: Tensor | None, final: bool
+    ) -> Tensor:
+        """[1, rows, query_heads, value_dim] of query [1, query_heads, tokens, head_dim], key and value."""
+        ...
+
+    def convolve(self, site: int, input: Tensor, weight: Tensor, bias: Tensor | None, final: bool) -> Tensor:
+        """[1, channels, rows] of input [1, channels, tokens]."""
+        ...
 
 
 @dataclass(frozen=True)
 class Program:
     """Steps over numbered slots; slots 0 and 1 are input_ids and position_ids.
 
-    weights: slot to tensor.  Segments are bound to theirs; sites read their learnt sinks here.
+    weights: slot to tensor.  Segments are bound to theirs; sites read their learnt sinks and their filters here.
     """
 
-    steps: tuple[CallSegment | Attend, ...]
+    steps: tuple[CallSegment | Attend | Convolve, ...]
     weights: Mapping[int, Tensor]
     result: int
 
@@ -94,7 +116,7 @@ class Program:
             segments = {name: EagerSegment(_submodule(module, name)) for name in names}
         slots = {node: slot for slot, node in enumerate(module.graph.find_nodes(op="placeholder"))}
         weights: dict[int, Tensor] = {}
-        steps: list[CallSegment | Attend] = []
+        steps: list[CallSegment | Attend | Convolve] = []
         last_use = {source: node for node in module.graph.nodes for source in node.all_input_nodes}
         for node in module.graph.nodes:
             if node.op == "output" or node in slots:
@@ -123,18 +145,28 @@ class Program:
             elif node.target is ATTEND:
                 query, key, value, sinks, site = node.args[:5]
                 sink_query: Any = node.args[10] if len(node.args) > 10 else None
-                optional = [slots[each] if each is not None else None for each in (sinks, sink_query)]
+                learnt, shown = (slots[each] if each is not None else None for each in (sinks, sink_query))
                 frees = tuple(slots[a] for a in _last_used(node, last_use))
-                steps.append(Attend(site, slots[query], slots[key], slots[value], *optional, slots[node], frees))
+                steps.append(Attend(site, slots[query], slots[key], slots[value], learnt, shown, slots[node], frees))
+            elif node.target is CONVOLVE:
+                arguments = node.args
+                source, weight, bias, site = arguments
+                frees = tuple(slots[a] for a in _last_used(node, last_use))
+                steps.append(Convolve(site, slots[source], slots[weight], None if bias is None else slots[bias], slots[node], frees))
         (output,) = module.graph.find_nodes(op="output")
         return cls(tuple(steps), weights, slots[output.args[0]])
 
     @functools.cached_property
     def final_site(self) -> int:
-        """The place of the last attention among the steps; -1 when there is none."""
-        return max((place for place, step in enumerate(self.steps) if isinstance(step, Attend)), default=-1)
+        """The place of the last site among the steps; -1 when there is none."""
+        return max((place for place, step in enumerate(self.steps) if not isinstance(step, CallSegment)), default=-1)
 
-    def run(self, input_ids: Tensor, position_ids: Tensor, attend: AttendFunction, wanted: Tensor | None) -> Tensor:
+    @functools.cached_property
+    def ends_with_attention(self) -> bool:
+        """Whether the last site is an attention."""
+        return self.final_site >= 0 and isinstance(self.steps[self.final_site], Attend)
+
+    def run(self, input_ids: Tensor, position_ids: Tensor, memory: Memory, wanted: Tensor | None) -> Tensor:
         """Logits [1, rows, vocabulary] of the tokens numbered by `wanted` [rows] (None: of all tokens).
 
         input_ids, position_ids: [1, tokens] int64.  The last site is asked for the wanted rows only, and the last
@@ -149,7 +181,15 @@ class Program:
                 sink_query = values[step.sink_query] if step.sink_query is not None else None
                 for slot in step.frees:
                     del values[slot]
-                values[step.output] = attend(step.site, query, key, value, sinks, sink_query, place == final_site)
+                values[step.output] = memory.attend(step.site, query, key, value, sinks, sink_query, place == final_site)
+                continue
+            if isinstance(step, Convolve):
+                source = values[step.input]
+                weight, bias = (None if slot is None else self.weights.get(slot, values.get(slot)) for slot in (step.weight, step.bias))
+                assert weight is not None
+                for slot in step.frees:
+                    del values[slot]
+                values[step.output] = memory.convolve(step.site, source, weight, bias, place == final_site)
                 continue
             inputs = [values[slot] for slot in step.inputs]
             if wanted is not None and place > final_site:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.runtime.convolution_state import ConvolutionState
 from kvcompile.runtime.native import NativeTable
 from kvcompile.runtime.store import KVStore
 
@@ -47,13 +48,16 @@ def as_token_ids(tokens: Tokens, vocabulary: int | None = None) -> Tensor:
 
 
 class Session:
-    """One sequence's memory: a store for each group of KV heads at each site.
+    """One sequence's memory: a store for each group of KV heads at each attention, a state for each convolution.
 
     Made by `CompiledModel.session()` or `fork()`.  `tokens` holds the ids it has read.
     """
 
-    def __init__(self, model: CompiledModel, stores: list[list[KVStore]], tokens: list[int]) -> None:
+    def __init__(
+        self, model: CompiledModel, stores: list[list[KVStore]], convolutions: tuple[ConvolutionState, ...], tokens: list[int]
+    ) -> None:
         self.model = model
+        self.convolutions = convolutions
         self.tokens = tokens
         self._stores = stores
         self.native = NativeTable(model.plan, model.kernels, stores)
@@ -77,11 +81,11 @@ class Session:
         ids = as_token_ids(tokens, self.model.vocabulary)
         self.check_usable()
         self.check_room(len(ids))
-        start = len(self)
+        start, convolutions = len(self), self.convolutions
         try:
             return self._read(ids, logits, on_chunk)
         except BaseException as error:
-            self.restore_after_failure(start, error)
+            self.restore_after_failure(start, convolutions, error)
             raise
 
     def _read(self, ids: Tensor, logits: str, on_chunk: Callable[[int, int], None] | None) -> Tensor:
@@ -104,17 +108,17 @@ class Session:
     def fork(self) -> Session:
         """A second session with the same past, which both may continue.
 
-        Costs no bytes for growable stores (the child reads the parent's tokens) and a copy of the rings.
+        Costs no bytes for growable stores and convolutions (the child reads the parent's tokens) and a copy of the rings.
         """
         self.check_usable()
-        child = Session(self.model, [[store.fork() for store in stores] for stores in self._stores], list(self.tokens))
-        return child
+        stores = [[store.fork() for store in stores] for stores in self._stores]
+        return Session(self.model, stores, self.convolutions, list(self.tokens))
 
     def rollback(self, tokens: int) -> None:
         """Forget the last `tokens` tokens, as if they had never been read.
 
-        Raises SessionError, and changes nothing, beyond the start or beyond what a ring still holds (`rollback: n` in
-        a streaming policy makes its rings hold n more tokens).
+        Raises SessionError, and changes nothing, beyond the start or beyond what a ring or a convolution still holds
+        (`rollback: n` in a streaming policy makes its rings hold n more tokens, in any policy the convolutions n more inputs).
         """
         self.check_usable()
         if not 0 <= tokens <= len(self):
@@ -122,16 +126,19 @@ class Session:
                 Problem("rollback", f"cannot take back {tokens} of {len(self)} tokens.", f"Give a number from 0 to {len(self)}.")
             )
         problems = [problem for stores in self._stores for store in stores if (problem := store.can_rollback(tokens))]
+        problems += [problem for state in self.convolutions if (problem := state.can_rollback(tokens))]
         if problems:
             raise SessionError(problems[0])
         for stores in self._stores:
             for store in stores:
                 store.rollback(tokens)
+        self.convolutions = tuple(state.rolled_back(tokens) for state in self.convolutions)
         del self.tokens[len(self) - tokens :]
 
     def nbytes(self) -> int:
-        """Bytes of keys and values that this session holds itself; 0 for an empty one and for a fresh fork's shared past."""
-        return sum(store.nbytes() for stores in self._stores for store in stores)
+        """Bytes of keys and values that this session holds itself, 0 for an empty one and for a fresh fork's shared past, and of
+        the inputs of its convolutions."""
+        return sum(store.nbytes() for stores in self._stores for store in stores) + sum(state.nbytes() for state in self.convolutions)
 
     def shared_nbytes(self) -> int:
         """Bytes of keys and values that it reads from the sessions it was forked from."""
@@ -164,9 +171,13 @@ class Session:
         if plan.context_tokens is not None and len(self) <= plan.context_tokens < length:
             warnings.warn(f"beyond the {plan.context_tokens} tokens that the model was made for", stacklevel=5)
 
-    def restore_after_failure(self, length: int, cause: BaseException) -> None:
-        """Bring the session back to `length` tokens after a call that did not finish; break it if a ring cannot follow."""
+    def restore_after_failure(self, length: int, convolutions: tuple[ConvolutionState, ...], cause: BaseException) -> None:
+        """Bring the session back to `length` tokens after a call that did not finish; break it if a ring cannot follow.
+
+        convolutions: the states that it had then.
+        """
         del self.tokens[length:]
+        self.convolutions = convolutions
         if self._broken:
             return
         for stores in self._stores:

@@ -6,7 +6,8 @@ Letters: N sessions, H KV heads, G queries per KV head, S = 1 new token, D head_
 
 Rules:
 1. The visible keys of a head, in position order, are cut into chunks counted from the first.  A chunk is one work row, or
-   several where it lies in more than two places; so a head that sees a few sinks and a short window is one row.
+   several where it lies in more than two places; so a head that sees a few sinks and a short window is one row.  Sinks that
+   are shown another query (cache_index) are chunks of their own.
 2. A result depends on a head's own keys and rows, never on which other heads or sessions share the launch.
 3. Offsets and strides count vectors: 16 bytes, or less for odd head sizes.
 """
@@ -90,6 +91,7 @@ def attend_spans(
     first_query: int,
     *,
     sinks_HG: Tensor | None = None,
+    sink_query_HGSD: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> AttentionState:
     """Attention of one new token at position first_query over the keys of `spans` that the request's policy shows it.
@@ -97,11 +99,13 @@ def attend_spans(
     query_HGSD: [H, G, 1, D] in the request's dtype; the kernel rounds it to the stores'.
     spans: at least one, in position order, not overlapping.
     sinks_HG: float32 [H, G], exactly when the request has learnt sinks; they join the denominator.
+    sink_query_HGSD: like query_HGSD, exactly when the request has cache_index: what the first tokens are shown.
     Returns float32 out [H, G, 1, E] and lse [H, G, 1], natural logarithm; (0, -inf) where no key is visible, or (0, sink).
     """
     assert query_HGSD.shape[2] == 1, f"the decode kernel takes one new token, not {query_HGSD.shape[2]}"
     work = plan_work(request, [spans], [first_query], chunk_tokens)
-    state = attend_work(kernel, request, query_HGSD.squeeze(2).unsqueeze(0), work, sinks_HG)
+    sink_query_NHGD = None if sink_query_HGSD is None else sink_query_HGSD.squeeze(2).unsqueeze(0)
+    state = attend_work(kernel, request, query_HGSD.squeeze(2).unsqueeze(0), work, sinks_HG, sink_query_NHGD)
     return AttentionState(state.out.squeeze(0).unsqueeze(2), state.lse.squeeze(0).unsqueeze(2))
 
 
@@ -116,7 +120,7 @@ def plan_work(
     for session, (spans, position) in enumerate(zip(spans_N, positions_N, strict=True)):
         for span in spans:
             _check_layout(span, base, request)
-        head_0, per_head = _rows_of_head_0(_chunks(request, spans, position, chunk_tokens), spans, base)
+        head_0, per_head = _rows_of_head_0(_chunks(request, spans, position, chunk_tokens), spans, base, len(spans_N) * kv_heads)
         heads = torch.arange(kv_heads)[:, None, None]
         rows.append((head_0 + heads * per_head).view(-1, ROW_FIELDS))
         rows[-1][:, 0] += session * kv_heads
@@ -134,7 +138,12 @@ def plan_work(
 
 
 def attend_work(
-    kernel: ModuleType, request: KernelRequest, query_NHGD: Tensor, work: Work, sinks_HG: Tensor | None = None
+    kernel: ModuleType,
+    request: KernelRequest,
+    query_NHGD: Tensor,
+    work: Work,
+    sinks_HG: Tensor | None = None,
+    sink_query_NHGD: Tensor | None = None,
 ) -> AttentionState:
     """Launches the kernel: out float32 [N, H, G, E], lse float32 [N, H, G]."""
     sessions, kv_heads, queries_per_kv, _ = query_NHGD.shape
@@ -142,7 +151,8 @@ def attend_work(
     assert queries_per_kv == request.queries_per_kv and work.first.shape[0] == sessions * kv_heads + 1
     assert kernel.VECTOR.value == work.vector, (kernel.VECTOR, work.vector)
     assert str(query_NHGD.dtype) == f"torch.{request.dtype}", query_NHGD.dtype
-    query_NHGD = query_NHGD.contiguous()
+    assert (sink_query_NHGD is not None) == request.cache_index, "a query for the sinks goes with a request for it, and only with it"
+    query_NHGD = query_NHGD.contiguous() if sink_query_NHGD is None else torch.cat([query_NHGD, sink_query_NHGD])
     items = work.rows.shape[0]
     assert items * queries_per_kv * request.value_dim < 2**31, "the kernels count the parts' numbers in int32"
     part_out = query_NHGD.new_empty(items, queries_per_kv, request.value_dim, dtype=torch.float32)
@@ -156,19 +166,28 @@ def attend_work(
     return AttentionState(out, lse)
 
 
-def _chunks(request: KernelRequest, spans: Sequence[Span], position: int, chunk_tokens: int) -> list[list[Place]]:
-    """The visible keys, rule 1: for each chunk the places that hold it; [] when no key is visible."""
-    [tile] = plan_tiles(spans, position, 1, request.sink_tokens, request.recent_tokens)
-    chunks: list[list[Place]] = []
+@dataclass(frozen=True)
+class _Chunk:
+    """Keys in the places that hold them.  sinks: they are shown the query that is theirs."""
+
+    sinks: bool
+    places: list[Place]
+
+
+def _chunks(request: KernelRequest, spans: Sequence[Span], position: int, chunk_tokens: int) -> list[_Chunk]:
+    """The visible keys, rule 1; [] when no key is visible."""
+    policy = request.sink_tokens, request.recent_tokens, request.chunk_tokens, request.cache_index
+    [tile] = plan_tiles(spans, position, 1, *policy)
+    chunks: list[_Chunk] = []
     room = 0
-    for piece in (piece for block in tile.blocks for piece in block.pieces):
+    for sinks, piece in ((block.sinks, piece) for block in tile.blocks for piece in block.pieces):
         start, end = piece.start, piece.start + piece.tokens
         while start < end:
-            if not room:
-                chunks.append([])
+            if not room or chunks[-1].sinks != sinks:
+                chunks.append(_Chunk(sinks, []))
                 room = chunk_tokens
             tokens = min(room, end - start)
-            _append(chunks[-1], (piece.span, start, tokens))
+            _append(chunks[-1].places, (piece.span, start, tokens))
             start, room = start + tokens, room - tokens
     return chunks
 
@@ -181,13 +200,14 @@ def _append(places: list[Place], place: Place) -> None:
         places.append(place)
 
 
-def _rows_of_head_0(chunks: list[list[Place]], spans: Sequence[Span], base: Span) -> tuple[Tensor, Tensor]:
-    """int64 [rows, 7] of KV head 0, and what each further head adds to them."""
+def _rows_of_head_0(chunks: list[_Chunk], spans: Sequence[Span], base: Span, sink_queries: int) -> tuple[Tensor, Tensor]:
+    """int64 [rows, 7] of KV head 0, and what each further head adds to them.  sink_queries: where those for the sinks begin."""
     starts = [(_distance(span.key_HTD, base.key_HTD), _distance(span.value_HTE, base.value_HTE)) for span in spans]
     rows, steps = [], []
-    for places in chunks:
+    for chunk in chunks:
+        places = chunk.places
         for at in range(0, len(places), 2):
-            row, step = [0], [1]
+            row, step = [sink_queries if chunk.sinks else 0], [1]
             for index, start, tokens in places[at : at + 2]:
                 key_HTD, value_HTE = spans[index].key_HTD, spans[index].value_HTE
                 key, value = starts[index]

@@ -29,7 +29,10 @@ Strides: TypeAlias = Literal["heads", "tokens", "gaps"]
 
 @dataclass(frozen=True)
 class Attention:
-    """A site.  groups: the KV heads of each policy, in the order of the plan."""
+    """A site.  groups: the KV heads of each policy, in the order of the plan.
+
+    cache_index: its sink + recent heads show another query to the sinks.
+    """
 
     dtype: str
     store_dtype: str
@@ -41,6 +44,9 @@ class Attention:
     learnt_sinks: bool = False
     rollback_tokens: int = 0
     capacity_tokens: int = 2048
+    chunk_tokens: int | None = None
+    alibi: bool = False
+    cache_index: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -52,6 +58,11 @@ class Attention:
 
     def scale(self, isa: Isa) -> float:
         return float(self.head_dim**-0.5)
+
+    @property
+    def slopes(self) -> tuple[float, ...]:
+        """Those of a head are from 1/2 to 1/256, as in the paper (Press et al. 2022, section 3)."""
+        return tuple(2.0 ** -(8 * (head + 1) / self.query_heads) for head in range(self.query_heads)) if self.alibi else ()
 
     def plan(self, isa: Isa) -> Plan:
         site = AttentionSite(
@@ -65,6 +76,8 @@ class Attention:
             self.dtype,
             soft_cap=self.soft_cap,
             learnt_sinks=self.learnt_sinks,
+            chunk_tokens=self.chunk_tokens,
+            slopes=self.slopes,
         )
         groups = tuple(
             HeadGroup(
@@ -96,7 +109,14 @@ class Attention:
             learnt_sinks=self.learnt_sinks,
             sink_tokens=window.sink_tokens if window else 0,
             recent_tokens=window.recent_tokens if window else None,
+            chunk_tokens=self.chunk_tokens,
+            alibi=self.alibi,
+            cache_index=self.shows_sinks(zone),
         )
+
+    def shows_sinks(self, zone: Zone) -> bool:
+        """Whether heads of this zone show the sinks a query of their own."""
+        return self.cache_index and isinstance(zone, SinkRecent)
 
 
 class Text:
@@ -120,6 +140,9 @@ class Text:
         query_QSD[:, 0::2, 0], query_QSD[:, 1::2, 0] = 0, size
         key_HSD[..., 0] = 0
         key_HSD[:, 5::97, 0], key_HSD[:, 50::97, 0] = size, -size
+        # where heads show a query of its own to the sinks: any other one will do
+        sink_query_QSD = random(attention.query_heads, attention.head_dim) if attention.cache_index else query_QSD
+        self.sink_query_QSD = sink_query_QSD.to(dtype)
         self.query_QSD, self.key_HSD = query_QSD.to(dtype), key_HSD.to(dtype)
         self.value_HSE = random(attention.kv_heads, attention.value_dim).to(dtype)
         self.sinks_Q = torch.randn(attention.query_heads, generator=generator) if attention.learnt_sinks else None
@@ -132,8 +155,16 @@ class Text:
             index = list(heads)
             query_HGSD = self.query_QSD[:, first:end].unflatten(0, (site.kv_heads, site.queries_per_kv))[index]
             key_HTD, value_HTE = (part[index, :end].to(store_dtype) for part in (self.key_HSD, self.value_HSE))
-            see_ST = reference.visible(zone, torch.arange(first, end), torch.arange(end))
-            state = reference.attend(query_HGSD, key_HTD, value_HTE, see_ST, site.scale(self.isa), site.soft_cap)
+            positions_S, positions_T = torch.arange(first, end), torch.arange(end)
+            see_ST = reference.visible(zone, positions_S, positions_T, site.chunk_tokens)
+            more: dict[str, Tensor] = {}
+            if site.alibi:
+                slopes_HG = torch.tensor(site.slopes).unflatten(0, (site.kv_heads, site.queries_per_kv))[index]
+                more["bias_HGST"] = reference.alibi(slopes_HG, positions_S, positions_T)
+            if isinstance(zone, SinkRecent) and site.shows_sinks(zone):
+                sink_query_HGSD = self.sink_query_QSD[:, first:end].unflatten(0, (site.kv_heads, site.queries_per_kv))[index]
+                more.update(sink_query_HGSD=sink_query_HGSD, sinks_T=positions_T < zone.sink_tokens)
+            state = reference.attend(query_HGSD, key_HTD, value_HTE, see_ST, site.scale(self.isa), site.soft_cap, **more)
             if self.sinks_Q is not None:
                 sinks_HG = self.sinks_Q.unflatten(0, (site.kv_heads, site.queries_per_kv))[index]
                 state = reference.apply_learnt_sinks(state, sinks_HG)
@@ -150,7 +181,8 @@ class Reader:
         (site,) = plan.sites
         self.stores = [make_store(site, group, True) for group in site.groups] if stores is None else stores
         self.table = NativeTable(plan, kernels, [self.stores])
-        self.heads = native_sites(plan, kernels)[0].kv_heads
+        self.site = native_sites(plan, kernels)[0]
+        self.heads = self.site.kv_heads
 
     def fork(self, text: Text | None = None) -> Reader:
         """text: what the fork reads on, if that is another."""
@@ -178,15 +210,17 @@ def read_together(batch: Sequence[tuple[Reader, int]], *, last_only: bool = Fals
         if last_only:
             reader.table.ask_last_only(row, tokens)
         start += tokens
-    query, key, value = (
+    query, sink_query, key, value = (
         _strided(torch.cat([getattr(reader.text, part)[:, reader.read : reader.read + tokens] for reader, tokens in batch], 1), strides)
-        for part in ("query_QSD", "key_HSD", "value_HSE")
+        for part in ("query_QSD", "sink_query_QSD", "key_HSD", "value_HSE")
     )
     first = batch[0][0]
     site = first.text.attention
     rows = [1 if last_only else tokens for _, tokens in batch]
     out = torch.full((1, sum(rows), site.query_heads, site.value_dim), torch.nan, dtype=query.dtype)
-    attend_native(query, key, value, first.text.sinks_Q, [reader.table.sites[0] for reader, _ in batch], first.heads, out)
+    tables = [reader.table.sites[0] for reader, _ in batch]
+    shown = sink_query if site.cache_index else None
+    attend_native(query, key, value, first.text.sinks_Q, tables, first.heads, out, sink_query=shown, slopes=first.site.slopes)
     for reader, tokens in batch:
         reader.read += tokens
     return list(out[0].split(rows))
@@ -223,7 +257,7 @@ def assert_right(out_SQE: Tensor, text: Text, first: int) -> None:
 def with_text(text: Text, other: Text, tokens: int) -> Text:
     """`text`, and from position `tokens` on `other`."""
     mixed = copy.copy(text)
-    for part in ("query_QSD", "key_HSD", "value_HSE"):
+    for part in ("query_QSD", "sink_query_QSD", "key_HSD", "value_HSE"):
         setattr(mixed, part, torch.cat([getattr(text, part)[:, :tokens], getattr(other, part)[:, tokens:]], 1))
     return mixed
 
@@ -243,4 +277,17 @@ SITES: dict[str, Attention] = {
     "wide_values": Attention("bfloat16", "float32", 64, 128, 71, (((0,), ALL),)),
     "learnt_sinks": Attention("float32", "bfloat16", 64, 50, 8, (((0,), ALL), ((1,), SinkRecent(4, 300))), learnt_sinks=True),
     "mqa_window": Attention("float32", "float32", 64, 64, 71, (((0,), SinkRecent(4, 16)),)),
+    "alibi": Attention("float32", "bfloat16", 72, 72, 3, (((0,), ALL), ((1, 2), SinkRecent(4, 300))), alibi=True),
+    "alibi_capped": Attention(
+        "bfloat16", "bfloat16", 112, 112, 1, (((1,), ALL), ((0,), SinkRecent(0, 16))), soft_cap=30.0, alibi=True, learnt_sinks=True
+    ),
+    "alibi_mqa": Attention("float32", "float32", 15, 15, 71, (((0,), ALL),), alibi=True),
+    "chunked": Attention("bfloat16", "bfloat16", 40, 40, 5, (((0, 1), SinkRecent(0, 64)),), chunk_tokens=64),
+    "chunked_300": Attention("float32", "float32", 20, 20, 4, (((0,), SinkRecent(0, 300)),), rollback_tokens=8, chunk_tokens=300),
+    "chunk_and_window": Attention("float32", "bfloat16", 32, 32, 2, (((0,), SinkRecent(0, 30)),), chunk_tokens=70),
+    "cache_index": Attention("float32", "float32", 24, 16, 3, (((1,), ALL), ((0, 2), SinkRecent(4, 16))), cache_index=True),
+    "cache_index_300": Attention(
+        "bfloat16", "bfloat16", 192, 128, 2, (((0,), SinkRecent(4, 300)),), soft_cap=50.0, learnt_sinks=True, cache_index=True
+    ),
+    "many_sinks": Attention("float32", "bfloat16", 64, 17, 9, (((0,), SinkRecent(300, 1)),), rollback_tokens=8, cache_index=True),
 }

@@ -3,7 +3,8 @@
 llama, gpt_oss, gemma2, gemma3   transformers' classes with random weights
 planted                          a sink and a retrieval head that can be lost, and the answer with them
 nanogpt, gated, sliced_table, shared_values   plain modules on scaled_dot_product_attention
-convolution, running_sum, spelt_out   what has to be refused
+convolution                      a causal filter of each channel behind the last attention
+centred_convolution, running_sum, spelt_out   what has to be refused
 """
 
 from __future__ import annotations
@@ -77,6 +78,16 @@ def gemma3(window: int = 8, seed: int = 0) -> nn.Module:
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     )
     return _louder(Gemma3ForCausalLM(config).eval())
+
+
+def lfm2(layer_types: str = "caacc", seed: int = 0, **config: object) -> nn.Module:
+    """LFM2: causal short convolutions ("c") and attentions ("a") in turn.  Its default tiny config has no convolution (trap 42)."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(seed)
+    kinds = ["conv" if letter == "c" else "full_attention" for letter in layer_types]
+    sizes = {**_sizes(len(kinds), 4, 2, 16), "conv_L_cache": 4, "conv_bias": True, "block_auto_adjust_ff_dim": False}
+    return _louder(Lfm2ForCausalLM(Lfm2Config(**{**sizes, "layer_types": kinds, **config})).eval())
 
 
 def _louder(model: nn.Module) -> nn.Module:
@@ -267,6 +278,13 @@ class Convolution(Mixed):
         return self.conv(x.transpose(1, 2))[:, :, :-2].transpose(1, 2)
 
 
+class CentredConvolution(Convolution):
+    """A convolution that looks at the token behind too."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2))[:, :, 1:-1].transpose(1, 2)
+
+
 class RunningSum(Mixed):
     """The mean of all tokens so far."""
 
@@ -285,6 +303,11 @@ class SpeltOut(Mixed):
 def convolution() -> nn.Module:
     torch.manual_seed(0)
     return Convolution().eval()
+
+
+def centred_convolution() -> nn.Module:
+    torch.manual_seed(0)
+    return CentredConvolution().eval()
 
 
 def running_sum() -> nn.Module:

@@ -26,7 +26,8 @@ struct KvcQueries {
   int64_t token_stride;  // in elements
   int64_t head_stride;   // in elements
   int64_t tokens;
-  int64_t position;  // of the first token
+  int64_t position;     // of the first token
+  const float *slopes;  // [queries_per_kv] for a kernel with `alibi`: slope * (key position - query position) joins the logit
 };
 
 // New keys and values of one KV head.
@@ -51,7 +52,9 @@ struct KvcAttendKernel {
   int32_t query_bytes, store_bytes;    // of one number
   int32_t tile_tokens;                 // at most so many query tokens in one call of `attend`
   int64_t sink_tokens, recent_tokens;  // recent_tokens 0: every earlier token is visible
-  // At most kChunkTokens keys, in the order of their positions.
+  int64_t chunk_tokens;                // 0, or: a query sees only its own chunk of so many positions
+  int32_t alibi, cache_index;          // cache_index: keys below sink_tokens are shown another query
+  // At most kChunkTokens keys, in the order of their positions; with chunk_tokens all of one such chunk, queries too.
   void (*attend)(const KvcQueries *, const KvcPiece *, int64_t pieces, const KvcState *);
   void (*append)(const KvcTokens *, void *key, void *value, int64_t slot);
 };
@@ -66,7 +69,7 @@ struct KvcLinearKernel {
 };
 
 // What a shared object of kernels holds; its symbol `kvc_kernels` returns it.
-constexpr int64_t kKernelVersion = 1;
+constexpr int64_t kKernelVersion = 2;
 struct KvcKernels {
   int64_t version;
   const KvcAttendKernel *const *attend;

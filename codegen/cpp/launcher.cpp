@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "kernel.h"
+#include "stores.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -61,13 +62,6 @@ const Kernel *find_kernel(const std::unordered_map<uint64_t, const Kernel *> &ke
   return found == kernels.end() ? nullptr : found->second;
 }
 
-// Stores are described by int64 words, which runtime/descriptor.py writes:
-//   growing   0, parts, and of each part: key, value, bytes from one head's keys to the next one's, the same of values, first
-//             position, end of its positions
-//   ring      1, key, value, the two strides in bytes, sink tokens, slots of the window
-enum StoreKind : int64_t { kGrowing = 0, kRing = 1 };
-constexpr int64_t kPartWords = 6;
-
 // What one row of the operator's table says: the KV heads of a site that share a policy, in one session.
 enum Column { kKernel, kStore, kHeads, kHeadCount, kStart, kNew, kSkip, kOutRow, kBefore, kColumnCount };
 
@@ -89,71 +83,13 @@ struct Group {
 
 // The tensors of a call.
 struct Call {
-  const char *query, *key, *value;
-  int64_t query_head, query_token, key_head, key_token, value_head, value_token;  // strides in elements
-  // sinks: [query_heads], or null; out: [rows][query_heads][value_dim]
-  const float *sinks;
+  const char *query, *sink_query, *key, *value;  // sink_query: what the sinks are shown where a kernel asks for it, else query
+  int64_t query_head, query_token, sink_query_head, sink_query_token, key_head, key_token, value_head, value_token;  // strides in elements
+  // sinks, slopes: [query_heads], or null; out: [rows][query_heads][value_dim]
+  const float *sinks, *slopes;
   char *out;
   int64_t query_heads;
 };
-
-// Positions [from, to) of one head, as pieces of the store.
-void find_pieces(const int64_t *store, int64_t head, int64_t from, int64_t to, std::vector<KvcPiece> &pieces) {
-  if (store[0] == kGrowing) {
-    for (int64_t i = 0; i < store[1]; i++) {
-      const int64_t *part = store + 2 + i * kPartWords;
-      const int64_t first = std::max(from, part[4]), end = std::min(to, part[5]);
-      if (first < end)
-        pieces.push_back(
-            {(const char *)part[0] + head * part[2], (const char *)part[1] + head * part[3], first - part[4], end - first, first});
-    }
-    return;
-  }
-  const int64_t sink = store[5], window = store[6];
-  const char *key = (const char *)store[1] + head * store[3], *value = (const char *)store[2] + head * store[4];
-  while (from < to) {
-    const int64_t slot = from < sink ? from : sink + (from - sink) % window;
-    const int64_t tokens = std::min(to - from, sink + window - slot);  // the first round runs through the sinks into the window
-    pieces.push_back({key, value, slot, tokens, from});
-    from += tokens;
-  }
-}
-
-// What the queries at positions [first, last] may see, in chunks: pieces of chunk c are [cuts[c], cuts[c + 1]).
-struct Chunks {
-  std::vector<KvcPiece> pieces, found;
-  std::vector<int64_t> cuts;
-
-  void find(const Group &group, int64_t head, int64_t first, int64_t last) {
-    const int64_t sink = group.kernel->sink_tokens, recent = group.kernel->recent_tokens;
-    found.clear();
-    if (recent && first + 1 - recent > sink) {
-      find_pieces(group.seen(), head, 0, sink, found);
-      find_pieces(group.seen(), head, first + 1 - recent, last + 1, found);
-    } else {
-      find_pieces(group.seen(), head, 0, last + 1, found);
-    }
-    pieces.clear();
-    cuts.assign(1, 0);
-    int64_t room = kChunkTokens;
-    for (KvcPiece piece : found)
-      while (piece.tokens) {
-        KvcPiece cut = piece;
-        cut.tokens = std::min(piece.tokens, room);
-        pieces.push_back(cut);
-        piece.slot += cut.tokens, piece.position += cut.tokens, piece.tokens -= cut.tokens;
-        if (!(room -= cut.tokens)) cuts.push_back(pieces.size()), room = kChunkTokens;
-      }
-    if (room < kChunkTokens) cuts.push_back(pieces.size());
-  }
-  int64_t count() const { return cuts.size() - 1; }
-};
-
-int64_t visible_tokens(const Group &group, int64_t position) {
-  const int64_t sink = group.kernel->sink_tokens, recent = group.kernel->recent_tokens;
-  return recent ? std::min(position + 1, sink + recent) : position + 1;
-}
-int64_t chunk_count(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
 KvcState state_at(float *memory, int64_t rows, int64_t value_dim) {
   return {memory, memory + rows * value_dim, memory + rows * (value_dim + 1)};
@@ -201,10 +137,18 @@ void finish(const Call &call, const Group &group, int64_t head, int64_t query, i
   }
 }
 
-KvcQueries queries_of(const Call &call, const Group &group, int64_t head, int64_t first, int64_t tokens) {
-  const int64_t at =
-      (group.start + group.skip + first) * call.query_token + group.heads[head] * group.kernel->queries_per_kv * call.query_head;
-  return {call.query + at * group.kernel->query_bytes, call.query_token, call.query_head, tokens, group.before + group.skip + first};
+// Query tokens [first, first + tokens) of one head, as the sinks are shown them or as all other keys are.
+KvcQueries queries_of(const Call &call, const Group &group, int64_t head, int64_t first, int64_t tokens, bool at_sinks) {
+  const char *data = at_sinks ? call.sink_query : call.query;
+  const int64_t token_stride = at_sinks ? call.sink_query_token : call.query_token;
+  const int64_t head_stride = at_sinks ? call.sink_query_head : call.query_head;
+  const int64_t row = group.start + group.skip + first, query_head = group.heads[head] * group.kernel->queries_per_kv;
+  return {data + (row * token_stride + query_head * head_stride) * group.kernel->query_bytes,
+          token_stride,
+          head_stride,
+          tokens,
+          group.before + group.skip + first,
+          call.slopes ? call.slopes + query_head : nullptr};
 }
 
 // New tokens [first, first + tokens) of one head.
@@ -280,10 +224,12 @@ void attend_tile(const Call &call, const Group &group, int64_t head, int64_t fir
   const KvcAttendKernel &kernel = *group.kernel;
   const int64_t rows = tokens * kernel.queries_per_kv, floats = rows * (kernel.value_dim + 2);
   memory.resize(2 * floats);
-  const KvcQueries queries = queries_of(call, group, head, first, tokens);
+  const int64_t position = group.before + group.skip + first;
+  const Seen seen(kernel, position, position + tokens - 1);
   const KvcState state = state_at(memory.data(), rows, kernel.value_dim), next = state_at(memory.data() + floats, rows, kernel.value_dim);
-  chunks.find(group, head, queries.position, queries.position + tokens - 1);
+  chunks.find(kernel, group.seen(), head, seen);
   for (int64_t c = 0; c < chunks.count(); c++) {
+    const KvcQueries queries = queries_of(call, group, head, first, tokens, c < seen.sink_chunks(kernel));
     kernel.attend(&queries, chunks.pieces.data() + chunks.cuts[c], chunks.cuts[c + 1] - chunks.cuts[c], c ? &next : &state);
     if (c) merge(state, next, rows, kernel.value_dim);
   }
@@ -319,15 +265,16 @@ void attend_single(const Call &call, const std::vector<Group *> &groups) {
   for (Group *group : groups)
     for (int64_t head = 0; head < group->head_count; head++) {
       runs.push_back({group, head, chunks, floats});
-      const int64_t visible = visible_tokens(*group, group->end() - 1);
-      chunks += chunk_count(visible), floats += chunk_count(visible) * group->state_floats(), tokens += visible;
+      const Seen seen(*group->kernel, group->end() - 1, group->end() - 1);
+      const int64_t count = seen.chunks(*group->kernel);
+      chunks += count, floats += count * group->state_floats(), tokens += seen.tokens();
     }
   memory.resize(floats);
   float *states = memory.data();
   const std::vector<Run> &all = runs;
   const int64_t threads = tokens <= kInlineTokens ? 1 : std::min<int64_t>(chunks, torch::stable::get_num_threads());
   on_threads(threads, [&, states](int64_t thread, int64_t count) {
-    static thread_local Chunks seen;
+    static thread_local Chunks found;
     const int64_t begin = chunks * thread / count, end = chunks * (thread + 1) / count;
     for (size_t i = 0; i < all.size(); i++) {
       const Run &run = all[i];
@@ -336,12 +283,13 @@ void attend_single(const Call &call, const std::vector<Group *> &groups) {
       if (from >= to) continue;
       const Group &group = *run.group;
       if (to == last) append(call, group, group.store, run.head, 0, 1);  // the last chunk holds the new token
-      seen.find(group, run.head, group.end() - 1, group.end() - 1);
-      const KvcQueries query = queries_of(call, group, run.head, 0, 1);
+      const Seen seen(*group.kernel, group.end() - 1, group.end() - 1);
+      found.find(*group.kernel, group.store, run.head, seen);
       for (int64_t chunk = from - run.first_chunk; chunk < to - run.first_chunk; chunk++) {
         const KvcState state =
             state_at(states + run.state + chunk * group.state_floats(), group.kernel->queries_per_kv, group.kernel->value_dim);
-        group.kernel->attend(&query, seen.pieces.data() + seen.cuts[chunk], seen.cuts[chunk + 1] - seen.cuts[chunk], &state);
+        const KvcQueries query = queries_of(call, group, run.head, 0, 1, chunk < seen.sink_chunks(*group.kernel));
+        group.kernel->attend(&query, found.pieces.data() + found.cuts[chunk], found.cuts[chunk + 1] - found.cuts[chunk], &state);
       }
     }
   });
@@ -361,12 +309,12 @@ void attend_single(const Call &call, const std::vector<Group *> &groups) {
 void attend_many(const Call &call, const std::vector<Group *> &groups) {
   struct Work {
     Group *group;
-    int64_t head, first, tokens;
+    int64_t head, first, tokens, seen;
   };
   std::vector<Work> heads, tiles;
   for (Group *group : groups) {
     if (needs_staging(*group)) stage(*group);
-    for (int64_t head = 0; head < group->head_count; head++) heads.push_back({group, head, 0, 0});
+    for (int64_t head = 0; head < group->head_count; head++) heads.push_back({group, head, 0, 0, 0});
   }
   each_on_threads(heads.size(), [&](int64_t i) {
     const Work &work = heads[i];
@@ -374,16 +322,16 @@ void attend_many(const Call &call, const std::vector<Group *> &groups) {
     fill_stage(call, *work.group, work.head);
   });
   for (const Work &work : heads) {
-    // Tiles end at multiples of their size; where every earlier token is visible, no bit of a result depends on the tile.
-    const int64_t size = work.group->kernel->tile_tokens, begin = work.group->before + work.group->skip;
+    // Tiles end at multiples of their size and with an attention chunk; where every earlier token is visible, or every one of the
+    // chunk, no bit of a result depends on the tile.
+    const KvcAttendKernel &kernel = *work.group->kernel;
+    const int64_t size = kernel.tile_tokens, begin = work.group->before + work.group->skip;
     for (int64_t at = begin, end; at < work.group->end(); at = end) {
-      end = std::min(work.group->end(), (at / size + 1) * size);
-      tiles.push_back({work.group, work.head, at - begin, end - at});
+      end = std::min({work.group->end(), (at / size + 1) * size, chunk_end(kernel, at)});
+      tiles.push_back({work.group, work.head, at - begin, end - at, Seen(kernel, at, end - 1).tokens()});
     }
   }
-  std::stable_sort(tiles.begin(), tiles.end(), [](const Work &one, const Work &other) {
-    return visible_tokens(*one.group, one.group->before + one.first) > visible_tokens(*other.group, other.group->before + other.first);
-  });
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Work &one, const Work &other) { return one.seen > other.seen; });
   each_on_threads(tiles.size(), [&](int64_t i) { attend_tile(call, *tiles[i].group, tiles[i].head, tiles[i].first, tiles[i].tokens); });
   each_on_threads(heads.size(), [&](int64_t i) {
     if (!heads[i].group->staged.empty()) fill_ring(call, *heads[i].group, heads[i].head);
@@ -403,6 +351,10 @@ bool are_integers(const Tensor &tensor, int64_t dims) {
   return tensor.dim() == dims && tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Long;
 }
 
+bool are_of_heads(const Tensor &numbers, int64_t heads) {
+  return numbers.dim() == 1 && numbers.is_contiguous() && numbers.size(0) == heads && numbers.scalar_type() == ScalarType::Float;
+}
+
 bool names_heads_of(const Group &group, int64_t kv_heads) {
   return std::all_of(group.heads, group.heads + group.head_count, [&](int64_t head) { return head >= 0 && head < kv_heads; });
 }
@@ -414,31 +366,40 @@ bool has_room(const Group &group) {
 }
 
 // query [1, query_heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...]: new tokens of all sessions, one after another.
-// learnt_sinks [query_heads], float32.  table [groups, columns] and kv_heads: int64.  out [1, rows, query_heads, value_dim].
+// learnt_sinks, slopes [query_heads], float32.  sink_query: like query, what kernels with `cache_index` show to the sinks.
+// table [groups, columns] and kv_heads: int64.  out [1, rows, query_heads, value_dim].
 void attend(const Tensor &any_query, const Tensor &any_key, const Tensor &any_value, const std::optional<Tensor> &learnt_sinks,
-            const Tensor &table, const Tensor &kv_heads, Tensor out) {
+            const std::optional<Tensor> &any_sink_query, const std::optional<Tensor> &slopes, const Tensor &table, const Tensor &kv_heads,
+            Tensor out) {
   const Tensor query = rows_of(any_query, "query"), key = rows_of(any_key, "key"), value = rows_of(any_value, "value");
+  const Tensor sink_query = any_sink_query ? rows_of(*any_sink_query, "sink_query") : query;
   STD_TORCH_CHECK(query.size(2) == key.size(2) && query.size(2) == value.size(2) && key.size(1) == value.size(1),
                   "query, key and value must have as many tokens, key and value as many heads");
   STD_TORCH_CHECK(out.dim() == 4 && out.is_contiguous() && out.size(2) == query.size(1),
                   "out must be contiguous, [1, rows, query_heads, value_dim]");
   STD_TORCH_CHECK(are_integers(table, 2) && table.size(1) == kColumnCount && are_integers(kv_heads, 1),
                   "table [groups, columns] and kv_heads must be contiguous int64");
-  STD_TORCH_CHECK(!learnt_sinks || (learnt_sinks->dim() == 1 && learnt_sinks->is_contiguous() && learnt_sinks->size(0) == query.size(1) &&
-                                    learnt_sinks->scalar_type() == ScalarType::Float),
-                  "learnt_sinks must be one float32 number a query head");
+  STD_TORCH_CHECK(!learnt_sinks || are_of_heads(*learnt_sinks, query.size(1)), "learnt_sinks must be one float32 number a query head");
+  STD_TORCH_CHECK(!slopes || are_of_heads(*slopes, query.size(1)), "slopes must be one float32 number a query head");
+  STD_TORCH_CHECK(sink_query.size(1) == query.size(1) && sink_query.size(2) == query.size(2) && sink_query.size(3) == query.size(3) &&
+                      sink_query.scalar_type() == query.scalar_type(),
+                  "sink_query must be like query");
   const ScalarType type = query.scalar_type();
   const bool one_type = key.scalar_type() == type && value.scalar_type() == type && out.scalar_type() == type;
   Call call = {(const char *)query.data_ptr(),
+               (const char *)sink_query.data_ptr(),
                (const char *)key.data_ptr(),
                (const char *)value.data_ptr(),
                query.stride(1),
                query.stride(2),
+               sink_query.stride(1),
+               sink_query.stride(2),
                key.stride(1),
                key.stride(2),
                value.stride(1),
                value.stride(2),
                learnt_sinks ? (const float *)learnt_sinks->data_ptr() : nullptr,
+               slopes ? (const float *)slopes->data_ptr() : nullptr,
                (char *)out.data_ptr(),
                query.size(1)};
   std::vector<Group> groups(table.size(0));
@@ -454,6 +415,8 @@ void attend(const Tensor &any_query, const Tensor &any_key, const Tensor &any_va
                         group.kernel->value_dim == value.size(3) && group.kernel->value_dim == out.size(3) &&
                         group.kernel->queries_per_kv * key.size(1) == query.size(1),
                     "the kernel is for other sizes");
+    STD_TORCH_CHECK(bool(group.kernel->alibi) == bool(slopes), "slopes go with a kernel for them, and only with it");
+    STD_TORCH_CHECK(any_sink_query || !group.kernel->cache_index, "the kernel asks for the query that the sinks are shown");
     group.store = (const int64_t *)row[kStore];
     group.heads = all_heads + row[kHeads];
     group.head_count = row[kHeadCount], group.start = row[kStart], group.tokens = row[kNew], group.skip = row[kSkip];
@@ -532,7 +495,9 @@ Tensor linears(const Tensor &any_x, const std::vector<Tensor> &weights, const st
 
 STABLE_TORCH_LIBRARY(kvc_native, m) {
   m.def("load(str path, int variant) -> int");
-  m.def("attend(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, Tensor table, Tensor kv_heads, Tensor(a!) out) -> ()");
+  m.def(
+      "attend(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, Tensor? sink_query, Tensor? slopes, Tensor table, "
+      "Tensor kv_heads, Tensor(a!) out) -> ()");
   m.def("linears(Tensor x, Tensor[] weights, Tensor[]? biases, str kernel) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(kvc_native, CompositeExplicitAutograd, m) { m.impl("load", TORCH_BOX(&load)); }

@@ -13,6 +13,7 @@ from kvcompile.ir.request import KernelRequest, LinearRequest, Request
 
 HEADERS = ("kernel.h", "vector.h", "rows.h")
 LAUNCHER = "launcher.cpp"
+LAUNCHER_HEADERS = ("kernel.h", "stores.h")
 _TYPES = {"float32": "float", "bfloat16": "Bfloat16"}
 _ROWS_LIMIT = 256  # queries that share a KV head: their logits of a chunk of keys stand on the stack
 
@@ -56,6 +57,9 @@ def render(request: Request) -> KernelSource:
             "soft_cap": _float(request.soft_cap) if request.soft_cap else "",
             "sink_tokens": request.sink_tokens,
             "recent_tokens": request.recent_tokens,
+            "chunk_tokens": request.chunk_tokens,
+            "alibi": request.alibi,
+            "cache_index": request.cache_index,
             "query_type": _TYPES[request.dtype],
             "store_type": _TYPES[request.store_dtype],
         }
@@ -79,14 +83,18 @@ def library_sources(requests: Iterable[Request]) -> dict[str, str]:
 
 def launcher_sources() -> dict[str, str]:
     """File name -> text of the operators that call the kernels."""
-    return {name: _text(name) for name in ("kernel.h", LAUNCHER)}
+    return {name: _text(name) for name in (*LAUNCHER_HEADERS, LAUNCHER)}
 
 
 def _attend_words(request: KernelRequest) -> list[str]:
     seen = "every earlier token"
     if request.recent_tokens is not None:
         seen = f"the first {request.sink_tokens} tokens and the last {request.recent_tokens}"
+    if request.chunk_tokens is not None:
+        seen += f", of its chunk of {request.chunk_tokens}"
     extras = [f"Logits capped at {request.soft_cap:g}"] if request.soft_cap else []
+    extras += ["ALiBi slopes join the logits"] if request.alibi else []
+    extras += ["Sinks are shown another query"] if request.cache_index else []
     extras += ["One learnt sink a query head, which the launcher adds"] if request.learnt_sinks else []
     return [
         f"attend_spans {request.key}: a query sees {seen}.",

@@ -46,6 +46,14 @@ KVC_INLINE void cap_logits(float *logits, int64_t tokens, float cap) {
   }
 }
 
+// logit -> logit + slope * (key position - query position) for one row, whose keys are those of the pieces.
+KVC_INLINE void add_slope(float *logits, const KvcPiece *pieces, int64_t count, int64_t position, float slope) {
+  for (const KvcPiece *piece = pieces; piece < pieces + count; logits += piece++->tokens) {
+    const int32_t from = (int32_t)(piece->position - position);
+    for (int32_t t = 0; t < piece->tokens; t++) logits[t] += slope * (float)(from + t);
+  }
+}
+
 // Logits of one row become weights exp(logit - maximum); columns up to the next multiple of 16 become 0.
 KVC_INLINE void weigh(float *logits, int64_t tokens, float *row_maximum, float *row_sum) {
   const int64_t padded = (tokens + 15) / 16 * 16;

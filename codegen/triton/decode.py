@@ -90,6 +90,8 @@ def _check(request: KernelRequest) -> None:
             f"not queries of {request.dtype} and stores of {request.store_dtype} in {request.compute_dtype}.",
             "Load the model in one of these dtypes, or give the heads another `dtype`.",
         )
+    if request.alibi:
+        raise TargetError.at(where, "the Triton kernel knows no ALiBi slopes.", "Write `device: cpu` under `target`.")
     if max(request.head_dim, request.value_dim) > LARGEST_HEAD_DIM:
         raise TargetError.at(
             where,
@@ -105,9 +107,11 @@ def _check(request: KernelRequest) -> None:
 
 
 def _policy(request: KernelRequest) -> str:
+    chunk = f", of its chunk of {request.chunk_tokens}" if request.chunk_tokens is not None else ""
     if request.recent_tokens is None:
-        return "Policy: every token so far."
-    return f"Policy: the first {request.sink_tokens} tokens (sinks) and the last {request.recent_tokens}, the query's own included."
+        return f"Policy: every token so far{chunk}."
+    seen = f"the first {request.sink_tokens} tokens (sinks) and the last {request.recent_tokens}, the query's own included"
+    return f"Policy: {seen}{chunk}."
 
 
 def _storage(request: KernelRequest) -> str:

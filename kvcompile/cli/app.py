@@ -12,6 +12,7 @@ from kvcompile import __version__
 from kvcompile.cli import options
 from kvcompile.cli.options import (
     DEFAULT_CONTEXTS,
+    MODEL_FORMS,
     ChatOption,
     ContextsOption,
     DumpOption,
@@ -157,7 +158,7 @@ def passes(as_json: JsonOption = False) -> None:
 
 @app.command()
 def init(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, file.gguf, package:NAME/FILE or python:module:factory.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_FORMS)],
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write it; stdout if left out.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: JsonOption = False,
@@ -174,6 +175,27 @@ def init(
         write_new(output, text, force=force)
         voice.say(f"wrote {output}; check it: kvcompile validate {output}")
     voice.finish({"file": str(output) if output else None, "text": text})
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_FORMS)], as_json: JsonOption = False, quiet: QuietOption = False
+) -> None:
+    """Show what kvcompile sees in a model: attention sites, windows, segments; or what it refuses, where, and why (exit code 1)."""
+    from kvcompile.inspection import inspect_model
+
+    voice = Output(as_json=as_json, quiet=quiet)
+    try:
+        found = inspect_model(model, progress=voice.progress)
+        if found.sites:
+            voice.table(found.table())
+        for line in found.lines():
+            voice.say(line)
+        voice.finish({"model": model, **found.as_dict()})
+    finally:
+        voice.settle()
+    if found.refused:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -230,6 +252,36 @@ def specs(as_json: JsonOption = False) -> None:
     voice = Output(as_json=as_json)
     voice.table(Table(("spec", "about"), tuple((each["name"], each["about"]) for each in found)))
     voice.finish({"specs": found})
+
+
+@app.command("sweep")
+def sweep_command(
+    families: Annotated[
+        list[str] | None, typer.Argument(metavar="[FAMILY]...", help="Model types of transformers; all of them if left out.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Worker processes.")] = 1,
+    timeout: Annotated[float, typer.Option("--timeout", min=1.0, metavar="S", help="Seconds for one family.")] = 240.0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the coverage page there.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", metavar="FILE", help="Keep each result there; what it holds of the same code is not run again."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compile a tiny random model of every causal language model family, and compare.
+
+    Exits with 1 when one is wrong or crashed; a family that is refused, by node and reason, is a result.
+    """
+    from kvcompile.cli.sweeping import run_sweep
+
+    voice = Output(as_json=as_json, quiet=quiet)
+    try:
+        right = run_sweep(families or (), jobs=jobs, timeout_s=timeout, file=output, record=record, output=voice)
+    finally:
+        voice.settle()
+    if not right:
+        raise typer.Exit(1)
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:

@@ -71,6 +71,7 @@ TemperatureOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="For sampling (the spec's seed).", show_default=False)]
 
+MODEL_FORMS = "Folder, hub id, file.gguf, file.pt2, package:NAME/FILE or python:module:factory."
 DEFAULT_CONTEXTS = "8k,32k,128k"
 
 

@@ -8,7 +8,7 @@
     learnt_sinks  [query_heads] or None: one logit a query head that joins the softmax's denominator
     site          index of the attention site, -1 before `canonicalise_attention` numbers them
     sliding_window, soft_cap   0 means none
-    chunk_tokens  0, or: position p sees only positions of its own chunk, from p // chunk_tokens * chunk_tokens on (Llama 4)
+    chunk_tokens  0, or: position p sees only positions of its own chunk, from p // chunk_tokens * chunk_tokens on
     slopes        one number a query head, or none at all: slope * (key position - query position) joins the logit (ALiBi)
     sink_query    like query, or None: the query as a policy with `positions: cache_index` shows it to the sinks; only a
                   session knows sinks, so the operator itself ignores it

@@ -10,8 +10,8 @@ from xml.sax.saxutils import escape
 import networkx as nx
 import torch
 
-from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.show import node_text, shape_text
+from kvcompile.ir.site_operators import SITES, site_name
 from kvcompile.ir.tokens import fake_value, path_of
 
 
@@ -47,16 +47,15 @@ def constants(node: torch.fx.Node) -> str:
 def to_networkx(graph: torch.fx.Graph) -> nx.DiGraph:
     """A DiGraph of node names.
 
-    Node attributes: op, target, shape, site (the attention site it is, or ""), path (the module it came from), label
+    Node attributes: op, target, shape, site (which site it is, or ""), path (the module it came from), label
     (everything that decides what the node computes).  Edge attribute: slots, where the value stands in its user.
     """
     result = nx.DiGraph()
     for node in graph.nodes:
         target = str(node.target) if node.op in ("call_function", "call_module") else ""
         shape = shape_text(fake_value(node))
-        site = str(node.args[4]) if node.target is ATTEND else ""
         label = "|".join((node.op, target, shape, constants(node)))
-        result.add_node(node.name, op=node.op, target=target, shape=shape, site=site, path=path_of(node), label=label)
+        result.add_node(node.name, op=node.op, target=target, shape=shape, site=site_name(node), path=path_of(node), label=label)
         places: dict[str, list[str]] = {}
         for place, source in slots(node):
             places.setdefault(source.name, []).append(place)
@@ -127,7 +126,7 @@ def write_svg(module: torch.fx.GraphModule, path: Path) -> None:
         lines.append(f'<line x1="{x1 + 100}" y1="{y1 + 26}" x2="{x2 + 100}" y2="{y2}" stroke="#999"/>')
     for name, (x, y) in place.items():
         node = by_name[name]
-        fill = "#f6c9a8" if node.target is ATTEND else "#c9def6" if node.op == "call_module" else "#eee"
+        fill = "#f6c9a8" if node.target in SITES else "#c9def6" if node.op == "call_module" else "#eee"
         title = node.target if node.op == "call_module" else name
         lines.append(f'<g><title>{escape(node_text(node))}</title><rect x="{x}" y="{y}" width="200" height="26" rx="4" fill="{fill}"/>')
         lines.append(f'<text x="{x + 6}" y="{y + 17}">{escape(str(title))[:30]}</text></g>')

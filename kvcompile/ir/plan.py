@@ -7,11 +7,11 @@ Two costs, never one "bytes a token":
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvcompile.ir.policy import ITEMSIZE, All, HeadPolicy, SinkRecent, Zone
 from kvcompile.ir.request import KernelRequest
-from kvcompile.ir.sites import AttentionSite
+from kvcompile.ir.sites import AttentionSite, ConvolutionSite
 
 
 def zone_stored_tokens(zone: Zone, context_tokens: int, rollback_tokens: int = 0) -> int:
@@ -81,8 +81,37 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class ConvolutionPlan:
+    """One convolution site and what a session keeps of it: its last inputs, whatever the policies of attention.
+
+    rollback_tokens: how many tokens `Session.rollback` may take back: so many inputs more are kept.
+    """
+
+    site: ConvolutionSite
+    rollback_tokens: int = 0
+
+    @property
+    def kept_tokens(self) -> int:
+        """Inputs kept; 0 for a filter of one tap, which looks at nothing but its own token."""
+        return self.site.taps - 1 + self.rollback_tokens if self.site.taps > 1 else 0
+
+    def stored_bytes(self, context_tokens: int) -> int:
+        return self._token_bytes * min(context_tokens, self.kept_tokens)
+
+    def read_bytes(self, context_tokens: int) -> int:
+        """Bytes that a decode step reads when `context_tokens` tokens, its own included, were read; 0 of none."""
+        return self._token_bytes * min(context_tokens, self.site.taps - 1)
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.site.channels * ITEMSIZE[self.site.dtype]
+
+
+@dataclass(frozen=True)
 class Plan:
     """All sites; weight_bytes counts every parameter and buffer once.
+
+    convolutions:   of a model that mixes tokens by short convolutions too; their bytes are part of all sums.
 
     context_tokens: tokens the model was made for, as its configuration says; None when it does not.
     position_rows:  rows of a table of learnt positions; a session of more tokens is impossible.
@@ -93,12 +122,16 @@ class Plan:
     context_tokens: int | None = None
     position_rows: int | None = None
     notes: tuple[str, ...] = ()
+    convolutions: tuple[ConvolutionPlan, ...] = ()
 
     def stored_bytes(self, context_tokens: int) -> int:
-        return sum(site.stored_bytes(context_tokens) for site in self.sites)
+        convolutions = sum(each.stored_bytes(context_tokens) for each in self.convolutions)
+        return sum(site.stored_bytes(context_tokens) for site in self.sites) + convolutions
 
     def read_bytes(self, context_tokens: int) -> int:
-        return sum(site.read_bytes(context_tokens) for site in self.sites)
+        convolutions = sum(each.read_bytes(context_tokens) for each in self.convolutions)
+        return sum(site.read_bytes(context_tokens) for site in self.sites) + convolutions
 
     def full_bytes(self, context_tokens: int) -> int:
-        return sum(site.full_bytes(context_tokens) for site in self.sites)
+        convolutions = sum(replace(each, rollback_tokens=0).stored_bytes(context_tokens) for each in self.convolutions)
+        return sum(site.full_bytes(context_tokens) for site in self.sites) + convolutions

@@ -15,7 +15,7 @@ class KernelRequest:
     No layer names, no pointers, no token counts: `key` is the same for equal layers and on every run.
     dtype:         of query, new keys and values, and result.  compute_dtype: of logits, weights and sums.
     store_dtype:   what keys and values are kept in.
-    chunk_tokens:  of these, a query sees only keys of its own chunk of so many positions (Llama 4); None: no such chunks.
+    chunk_tokens:  of these, a query sees only keys of its own chunk of so many positions; None: no such chunks.
     alibi:         a slope a query head, given at run time, times (key position - query position) joins the logit.
     cache_index:   keys in the sinks are shown another query, rotated to its place in the cache (StreamingLLM).
     sink_tokens, recent_tokens: the visible set (ir/policy.py); recent_tokens None means every earlier token.

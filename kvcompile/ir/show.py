@@ -84,12 +84,16 @@ def unit_text(unit: Unit) -> str:
     for site in unit.sites:
         facts = f"{site.query_heads} query heads over {site.kv_heads}, head_dim {site.head_dim}/{site.value_dim}, scale {site.scale:g}"
         lines.append(f"site {site.index} {site.path}: {facts}, {site.dtype}")
+    for convolution in unit.convolutions:
+        facts = f"{convolution.channels} channels, {convolution.taps} taps"
+        lines.append(f"convolution {convolution.index} {convolution.path}: {facts}, {convolution.dtype}")
     for site, policies in zip(unit.sites, unit.policies, strict=False):
         lines.append(f"policies {site.index}: {', '.join(policy.name for policy in policies)}")
     for plan in unit.plan.sites if unit.plan else ():
         for group in plan.groups:
             zones = " and ".join(zone.describe() for zone in group.policy.zones)
             line = f"group {plan.site.index}: KV heads {list(group.kv_heads)} {group.policy.name} ({zones})"
+            line += f" positions {group.policy.positions}" if group.policy.positions != "absolute" else ""
             line += f" {group.policy.store.dtype}" if group.policy.store.dtype else ""
             line += f" rollback {group.policy.rollback_tokens}" if group.policy.rollback_tokens else ""
             line += f", capacity {group.capacity_tokens} on {group.device}" if group.capacity_tokens else ""
@@ -98,6 +102,8 @@ def unit_text(unit: Unit) -> str:
                 seen = "all" if request.recent_tokens is None else f"{request.sink_tokens} + {request.recent_tokens}"
                 line += f", {request.kind} {request.device} {request.store_dtype}->{request.compute_dtype} sees {seen} key {request.key}"
             lines.append(line)
+    for kept in unit.plan.convolutions if unit.plan else ():
+        lines.append(f"state {kept.site.index}: the last {kept.kept_tokens} inputs")
     if unit.plan:
         lines.append(f"weights {unit.plan.weight_bytes} bytes")
         lines += [f"note: {note}" for note in unit.plan.notes]

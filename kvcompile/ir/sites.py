@@ -1,4 +1,4 @@
-"""An attention site: one attention of the model, with every fact a kernel or a store needs."""
+"""Sites, the places where tokens meet: attentions and causal short convolutions, with every fact a kernel or a store needs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 class AttentionSite:
     """One attention of the model.
 
-    index:          position among the model's sites in execution order; `layers:` in a spec counts sites.
+    index:          position among the model's attentions in execution order; `layers:` in a spec counts these.
     path:           the module that owns it, `model.layers.3.self_attn`.
     scale:          factor on q.k before softmax.
     sliding_window: the model's own window: position p sees (p - sliding_window, p]; None when it has none.
     soft_cap:       logits become soft_cap * tanh(logits / soft_cap); None when the model has none.
     learnt_sinks:   one learnt logit a query head joins the softmax's denominator (gpt-oss).
-    chunk_tokens:   position p sees only positions from p // chunk_tokens * chunk_tokens on (Llama 4); None: no such chunks.
+    chunk_tokens:   position p sees only positions from p // chunk_tokens * chunk_tokens on; None: no such chunks.
     slopes:         one number a query head: slope * (key position - query position) joins the logit (ALiBi); () for none.
     dtype:          the dtype of query, key and value, as torch names it: "bfloat16".
     """
@@ -46,3 +46,23 @@ class AttentionSite:
     def own_window(self) -> int | None:
         """Tokens that the model itself ever looks back, the query's own included; None when nothing bounds them."""
         return min((bound for bound in (self.sliding_window, self.chunk_tokens) if bound), default=None)
+
+
+@dataclass(frozen=True)
+class ConvolutionSite:
+    """One causal short convolution of the model, a filter for each channel, as hybrids of gated convolutions and attention have.
+
+    index: position among the model's convolutions in execution order; attentions are counted apart.
+    path:  the module that owns it, `model.layers.0.conv`.
+    taps:  inputs that an output depends on, its own token's included; a session keeps the last taps - 1.
+    dtype: the dtype of the input, as torch names it: "bfloat16".
+    """
+
+    index: int
+    path: str
+    channels: int
+    taps: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        assert self.channels >= 1 and self.taps >= 1, self

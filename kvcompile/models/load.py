@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kvcompile.ir.spec import ModelSource
 from kvcompile.models import cache, gguf, hub
 from kvcompile.models.cache import Progress
+from kvcompile.models.exported import ExportedModel
 from kvcompile.models.factory import PythonModel
 from kvcompile.models.header import ResolvedModel, resolve_path
 from kvcompile.models.opened import OpenedModel, first_line, frozen, quiet, token_ids
@@ -182,6 +183,8 @@ def open_model(source: ModelSource, progress: Progress = cache.silent) -> Opened
             return _GgufModel(source, progress, Path(found.location))
         case "hub":
             return _HubModel(source, progress, Path(found.location))
+        case "exported":
+            return ExportedModel(source, progress, Path(found.location))
         case "python":
             return PythonModel(source, progress, found.location)
 

@@ -186,8 +186,20 @@ class _Reader:
                 )
             if zones:
                 store = Store(None if dtype == "int8" else dtype)
-                policies[name] = HeadPolicy(name=name, zones=zones, store=store, rollback_tokens=policy.rollback)
+                policies[name] = HeadPolicy(name, zones, policy.positions, store, policy.rollback)
+                self._check_positions(policies[name])
         return policies
+
+    def _check_positions(self, policy: HeadPolicy) -> None:
+        """cache_index says where a query stands among sinks: refused where there are none."""
+        sinks = [zone.sink_tokens for zone in policy.zones if isinstance(zone, SinkRecent)]
+        if policy.positions == "cache_index" and not any(sinks):
+            kind = "keeps no sink tokens" if sinks else "has no sink_recent zone"
+            self._problem(
+                f"policies.{policy.name}.positions",
+                f"cache_index is the place of a query behind its sinks, and the policy {kind}.",
+                "Write positions: absolute, or a zone such as sink_recent: {sink_tokens: 16, recent_tokens: 256}.",
+            )
 
     def _zones(self, name: str, policy: PolicyForm, users: Sequence[tuple[int, Pattern | None]]) -> list[Zone]:
         zones: list[Zone] = []

@@ -33,8 +33,6 @@ def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
 
 
 def _policy_problems(policy: PolicyForm, path: str, document: Document) -> Iterator[Problem]:
-    if policy.positions != "absolute":
-        yield _not_built(document.where(f"{path}.positions"), f"positions {policy.positions}", "Built: absolute.")
     if policy.store is not None:
         yield from _store_problems(policy.store, f"{path}.store", document)
     if policy.device is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvcompile.codegen.cpp.render import HEADERS, LAUNCHER, launcher_sources, library_sources, refusal, render
+from kvcompile.codegen.cpp.render import HEADERS, LAUNCHER, LAUNCHER_HEADERS, launcher_sources, library_sources, refusal, render
 from kvcompile.ir.request import KernelRequest, LinearRequest, Request
 
 CPP = Path(__file__).parents[2] / "codegen" / "cpp"
@@ -33,7 +33,18 @@ ALL = KernelRequest(
     recent_tokens=None,
 )
 OPTIONS = replace(
-    ALL, head_dim=80, value_dim=40, dtype="float32", scale=80**-0.5, soft_cap=30.0, learnt_sinks=True, sink_tokens=16, recent_tokens=256
+    ALL,
+    head_dim=80,
+    value_dim=40,
+    dtype="float32",
+    scale=80**-0.5,
+    soft_cap=30.0,
+    learnt_sinks=True,
+    sink_tokens=16,
+    recent_tokens=256,
+    chunk_tokens=8192,
+    alibi=True,
+    cache_index=True,
 )
 LINEARS = LinearRequest("linears", "cpu", "bfloat16", 4)
 SHOWN: dict[str, Request] = {"attend_spans_all": ALL, "attend_spans_all_options": OPTIONS, "linears": LINEARS}
@@ -48,6 +59,9 @@ OTHER: dict[str, Any] = {
     "learnt_sinks": True,
     "sink_tokens": 8,
     "recent_tokens": 100,
+    "chunk_tokens": 512,
+    "alibi": True,
+    "cache_index": True,
     "max_tokens": 2,
 }
 
@@ -95,12 +109,13 @@ def test_the_policy_is_told_in_words() -> None:
         "// 3 queries a KV head, head_dim 64, value_dim 64; bfloat16 queries over bfloat16 keys and values, sums in float32.\n"
     )
     assert render(OPTIONS).text.startswith(
-        f"// attend_spans {OPTIONS.key}: a query sees the first 16 tokens and the last 256.\n"
-        "// Logits capped at 30. One learnt sink a query head, which the launcher adds.\n"
+        f"// attend_spans {OPTIONS.key}: a query sees the first 16 tokens and the last 256, of its chunk of 8192.\n"
+        "// Logits capped at 30. ALiBi slopes join the logits. Sinks are shown another query. One learnt sink a query head, "
+        "which the launcher adds.\n"
     )
 
 
-@pytest.mark.parametrize("file", [*HEADERS, LAUNCHER])
+@pytest.mark.parametrize("file", sorted({*HEADERS, *LAUNCHER_HEADERS, LAUNCHER}))
 def test_the_written_files_are_formatted(file: str) -> None:
     assert clang_format(file, (CPP / file).read_text(encoding="utf-8")) == ""
 
@@ -136,7 +151,7 @@ def test_a_library_holds_every_request_and_every_header() -> None:
     for request in (ALL, OPTIONS):
         assert f"&kvc_attend_{request.key}," in sources["kernels.cpp"]
     assert f"&kvc_linear_{LINEARS.key}," in sources["kernels.cpp"]
-    assert set(launcher_sources()) == {"kernel.h", LAUNCHER}
+    assert set(launcher_sources()) == {*LAUNCHER_HEADERS, LAUNCHER}
 
 
 @pytest.mark.parametrize("name", [each.name for each in fields(KernelRequest) if each.name not in ("kind", "device", "compute_dtype")])

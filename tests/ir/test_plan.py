@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvcompile.ir.plan import HeadGroup, Plan, SitePlan, zone_read_tokens, zone_stored_tokens
+from kvcompile.ir.plan import ConvolutionPlan, HeadGroup, Plan, SitePlan, zone_read_tokens, zone_stored_tokens
 from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store
-from kvcompile.ir.sites import AttentionSite
+from kvcompile.ir.sites import AttentionSite, ConvolutionSite
 
 SITE = AttentionSite(0, "layers.0", query_heads=9, kv_heads=3, head_dim=64, value_dim=32, scale=0.125, dtype="bfloat16")
 FULL = HeadPolicy("full", (All(),))
@@ -47,3 +47,21 @@ def test_every_kv_head_is_in_exactly_one_group():
     for groups in ([HeadGroup((0, 1), FULL)], [HeadGroup((0, 1), FULL), HeadGroup((1, 2), FULL)]):
         with pytest.raises(AssertionError, match=r"layers\.0: KV heads covered"):
             site(*groups)
+
+
+@pytest.mark.parametrize(
+    ("context", "stored", "read", "full"), [(0, 0, 0, 0), (1, 1, 1, 1), (3, 3, 3, 3), (5, 5, 3, 3), (8, 8, 3, 3), (8192, 8, 3, 3)]
+)
+def test_a_convolution_costs_its_last_inputs_however_long_the_context(context, stored, read, full):
+    """4 taps look back 3 inputs; 5 more are kept for a rollback, which a plain cache does not have."""
+    state = ConvolutionPlan(ConvolutionSite(0, "layers.1.conv", channels=64, taps=4, dtype="bfloat16"), rollback_tokens=5)
+    token = 64 * 2
+    assert (state.stored_bytes(context), state.read_bytes(context)) == (stored * token, read * token)
+    plan, without = (Plan((site(HeadGroup((0, 1, 2), FULL)),), convolutions=each) for each in ((state, state), ()))
+    for name, columns in (("stored_bytes", stored), ("read_bytes", read), ("full_bytes", full)):
+        assert getattr(plan, name)(context) == getattr(without, name)(context) + 2 * columns * token
+
+
+def test_a_filter_of_one_tap_keeps_nothing():
+    state = ConvolutionPlan(ConvolutionSite(0, "conv", channels=64, taps=1, dtype="bfloat16"), rollback_tokens=5)
+    assert state.stored_bytes(100) == state.read_bytes(100) == 0

@@ -35,6 +35,9 @@ OTHER = {
     "learnt_sinks": True,
     "sink_tokens": 0,
     "recent_tokens": None,
+    "chunk_tokens": 8192,
+    "alibi": True,
+    "cache_index": True,
 }
 
 

@@ -55,11 +55,13 @@ def fenced(part):
     return buffer[:, 3:-2]
 
 
-def oracle(request, query, key, value, position, sinks=None):
+def oracle(request, query, key, value, position, sinks=None, sink_query=None):
     """The state, and what rounding the weights to the stores' dtype may change in `out`: half an ulp of each weight."""
     zone = All() if request.recent_tokens is None else SinkRecent(request.sink_tokens, request.recent_tokens)
-    see = reference.visible(zone, torch.tensor([position]), torch.arange(key.shape[1]))
-    state, sizes = (reference.attend(query, key, each, see, request.scale, request.soft_cap) for each in (value, value.abs()))
+    keys = torch.arange(key.shape[1])
+    see = reference.visible(zone, torch.tensor([position]), keys, request.chunk_tokens)
+    own = {} if sink_query is None else {"sink_query_HGSD": sink_query, "sinks_T": keys < request.sink_tokens}
+    state, sizes = (reference.attend(query, key, each, see, request.scale, request.soft_cap, **own) for each in (value, value.abs()))
     if sinks is not None:
         state, sizes = (reference.apply_learnt_sinks(each, sinks) for each in (state, sizes))
     return state, sizes.out * torch.finfo(key.dtype).eps / 2
@@ -139,6 +141,42 @@ def test_a_head_that_sees_sinks_and_a_short_window_is_one_row():
     assert work.first.tolist() == [0, 1, 2, 3]
     work = plan_work(decode_request(), [cut(key, value, [100])], [499], CHUNK)
     assert work.rows[:8, [3, 6]].tolist() == [[64, 0], [36, 28], *[[64, 0]] * 5, [52, 0]]
+
+
+@pytest.mark.parametrize("zone", [{"recent_tokens": 70}, {"recent_tokens": 30}, {"sink_tokens": 20, "recent_tokens": 30}, {}])
+@pytest.mark.parametrize("position", [0, 69, 70, 71, 100, 139, 140, 199])
+def test_a_chunk_hides_what_lies_before_it(zone, position, tmp_path):
+    request = decode_request(16, 3, "bfloat16", chunk_tokens=70, **zone)
+    query, key, value = problem(request, 2, position + 1)
+    right = oracle(request, query, key, value, position)
+    key[:, : position // 70 * 70] = torch.nan  # not to be read
+    assert_close(run(request, tmp_path, query, cut(key, value), position), *right)
+
+
+@pytest.mark.parametrize("store_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sink", [1, 5, 70])
+@pytest.mark.parametrize("tokens", [1, 5, 6, 70, 71, 110, 111, 250])
+def test_sinks_are_shown_their_own_query(tokens, sink, store_dtype, tmp_path):
+    request = decode_request(16, 3, store_dtype, sink_tokens=sink, recent_tokens=40, cache_index=True)
+    query, key, value = problem(request, 2, tokens)
+    sink_query = torch.randn(query.shape).to(query.dtype)
+    state = run(request, tmp_path, query, cut(key, value, [tokens // 2]), tokens - 1, sink_query_HGSD=sink_query)
+    assert_close(state, *oracle(request, query, key, value, tokens - 1, sink_query=sink_query))
+
+
+def test_sessions_that_show_sinks_their_own_query_share_a_launch(tmp_path):
+    request = decode_request(16, 3, sink_tokens=3, recent_tokens=100, cache_index=True)
+    kernel = load(render_decode(request), tmp_path)
+    problems = [problem(request, 2, tokens) for tokens in (250, 1, 90)]
+    spans, positions = [cut(key, value) for _, key, value in problems], [249, 0, 89]
+    query_NHGD = torch.stack([query.squeeze(2) for query, _, _ in problems])
+    sink_query_NHGD = torch.randn(query_NHGD.shape)
+    together = attend_work(kernel, request, query_NHGD, plan_work(request, spans, positions, CHUNK), None, sink_query_NHGD)
+    for index, (query, _, _) in enumerate(problems):
+        sink_query = sink_query_NHGD[index].unsqueeze(2)
+        alone = run(request, tmp_path, query, spans[index], positions[index], sink_query_HGSD=sink_query)
+        assert torch.equal(together.out[index], alone.out.squeeze(2))
+        assert torch.equal(together.lse[index], alone.lse.squeeze(2))
 
 
 @pytest.mark.parametrize("borders", [[1], [64], [3, 64, 65], [10, 11, 12, 13, 14, 100], list(range(7, 200, 7))])
@@ -246,6 +284,8 @@ def test_what_the_kernel_cannot_read_is_refused(tmp_path):
         run(request, tmp_path, query.expand(2, 3, 2, 16), cut(key, value), 9)
     with pytest.raises(AssertionError, match="learnt sinks go with a request that has them"):
         run(request, tmp_path, query, cut(key, value), 9, sinks_HG=torch.zeros(2, 3))
+    with pytest.raises(AssertionError, match="a query for the sinks goes with a request for it"):
+        run(request, tmp_path, query, cut(key, value), 9, sink_query_HGSD=query)
     wide = torch.zeros(2, 10, 17)
     with pytest.raises(AssertionError, match="at no multiples of 4"):
         run(request, tmp_path, query, [Span(0, wide[..., 1:], wide[..., 1:])], 9)

@@ -17,7 +17,16 @@ GOLDEN = Path(__file__).parent / "golden"
 SHOWN = {
     "attend_spans_everything": decode_request(128, 4, "bfloat16"),
     "attend_spans_all_options": decode_request(
-        80, 3, "float16", dtype="float32", soft_cap=30.0, learnt_sinks=True, sink_tokens=16, recent_tokens=256
+        80,
+        3,
+        "float16",
+        dtype="float32",
+        soft_cap=30.0,
+        learnt_sinks=True,
+        sink_tokens=16,
+        recent_tokens=256,
+        chunk_tokens=8192,
+        cache_index=True,
     ),
 }
 
@@ -53,6 +62,7 @@ def test_sources_are_the_distinct_attentions_of_cuda_devices() -> None:
     [
         ({"compute_dtype": "float64"}, "not queries of float32 and stores of float32 in float64"),
         ({"store_dtype": "int8"}, "takes bfloat16, float16, float32 and computes in float32, not queries of int8 and stores of int8"),
+        ({"alibi": True}, "knows no ALiBi slopes"),
         ({"head_dim": 320}, "goes up to a head_dim of 256, not 320"),
         ({"value_dim": 257}, "goes up to a head_dim of 256, not 257"),
         ({"queries_per_kv": 65}, "goes up to 64 queries per KV head, not 65"),

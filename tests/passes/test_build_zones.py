@@ -39,3 +39,12 @@ def test_weights_are_counted_once(tied, factor):
     rest = sum(weight.numel() for name, weight in model.named_parameters() if "embed" not in name and "lm_head" not in name)
     rotary = model.model.rotary_emb.inv_freq.numel()
     assert after("build_zones", model).plan.weight_bytes == 4 * (rest + rotary + factor * 256 * 64)
+
+
+def test_convolutions_keep_as_many_inputs_more_as_the_longest_rollback():
+    rules = [{"policy": "back", "kv_heads": 0}]
+    back = {"back": {"zones": [{"sink_recent": {"sink_tokens": 2, "recent_tokens": 4}}], "rollback": 5}}
+    plan = after("build_zones", toys.lfm2("cac"), policies=back, heads=rules).plan
+    assert [(each.site.path, each.kept_tokens) for each in plan.convolutions] == [("model.layers.0.conv", 8), ("model.layers.2.conv", 8)]
+    assert [each.kept_tokens for each in after("build_zones", toys.lfm2("cac")).plan.convolutions] == [3, 3]
+    assert after("build_zones", toys.gated()).plan.convolutions == ()

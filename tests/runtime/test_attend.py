@@ -21,10 +21,49 @@ def problem(kv_heads, queries_per_kv, new, tokens, head_dim=16, value_dim=16, dt
     return query, torch.randn(kv_heads, tokens, head_dim).to(dtype), torch.randn(kv_heads, tokens, value_dim).to(dtype)
 
 
-def oracle(query, key, value, first, scale, sink_tokens=0, recent_tokens=None, soft_cap=None):
+def oracle(
+    query,
+    key,
+    value,
+    first,
+    scale,
+    sink_tokens=0,
+    recent_tokens=None,
+    soft_cap=None,
+    chunk_tokens=None,
+    slopes_HG=None,
+    sink_query_HGSD=None,
+):
     zone = All() if recent_tokens is None else SinkRecent(sink_tokens, recent_tokens)
-    see = reference.visible(zone, torch.arange(first, first + query.shape[2]), torch.arange(key.shape[1]))
-    return reference.attend(query, key, value, see, scale, soft_cap)
+    queries, keys = torch.arange(first, first + query.shape[2]), torch.arange(key.shape[1])
+    see = reference.visible(zone, queries, keys, chunk_tokens)
+    bias = None if slopes_HG is None else reference.alibi(slopes_HG, queries, keys)
+    sinks = None if sink_query_HGSD is None else keys < sink_tokens
+    return reference.attend(query, key, value, see, scale, soft_cap, bias, sink_query_HGSD, sinks)
+
+
+def feature(name, query):
+    """Options of a site or of a policy; those of `query`'s shape are cut by `rows` as the query is."""
+    torch.manual_seed(99)
+    slopes = 2.0 ** -torch.arange(1.0, 1 + query.shape[0] * query.shape[1]).view(query.shape[:2])
+    return {
+        "alibi": {"sink_tokens": 0, "recent_tokens": None, "slopes_HG": slopes},
+        "alibi in a window": {"sink_tokens": 4, "recent_tokens": 90, "slopes_HG": slopes, "soft_cap": 5.0},
+        "chunks": {"sink_tokens": 0, "recent_tokens": 64, "chunk_tokens": 64},
+        "chunks of 1100": {"sink_tokens": 0, "recent_tokens": 1100, "chunk_tokens": 1100},
+        "chunks, a window and sinks": {"sink_tokens": 70, "recent_tokens": 30, "chunk_tokens": 100, "slopes_HG": slopes},
+        "own sinks": {"sink_tokens": 5, "recent_tokens": 100, "sink_query_HGSD": torch.randn(query.shape)},
+        "many own sinks": {"sink_tokens": 1030, "recent_tokens": 1, "soft_cap": 5.0, "sink_query_HGSD": torch.randn(query.shape)},
+    }[name]
+
+
+FEATURES = ["alibi", "alibi in a window", "chunks", "chunks of 1100", "chunks, a window and sinks", "own sinks", "many own sinks"]
+
+
+def rows(options, queries, heads=slice(None)):
+    """The options of these queries and heads."""
+    cuts = {"slopes_HG": lambda slopes: slopes[heads], "sink_query_HGSD": lambda query: query[heads][:, :, queries]}
+    return {name: cuts.get(name, lambda same: same)(option) for name, option in options.items()}
 
 
 def cut(key, value, borders):
@@ -42,7 +81,7 @@ def bit_equal(first, second):
 
 
 @pytest.mark.parametrize("zone", [EVERYTHING, {"sink_tokens": 4, "recent_tokens": 50}, {"sink_tokens": 0, "recent_tokens": 1}])
-@pytest.mark.parametrize("queries_per_kv", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize("queries_per_kv", [1, 3, 4, 7, 8, 71])
 @pytest.mark.parametrize(("new", "tokens"), [(1, 1), (1, 1500), (2, 1024), (8, 1030), (300, 300), (5, 5)])
 def test_it_equals_the_oracle_for_every_group_size(queries_per_kv, new, tokens, zone):
     """Trap 3, lse included."""
@@ -53,7 +92,10 @@ def test_it_equals_the_oracle_for_every_group_size(queries_per_kv, new, tokens, 
     assert_close(state, oracle(query, key, value, tokens - new, 0.25, **zone))
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (24, 40), (64, 64), (80, 80), (96, 32), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"),
+    [(16, 16), (24, 40), (17, 23), (40, 40), (64, 64), (72, 72), (80, 80), (96, 32), (112, 112), (128, 128), (192, 128), (256, 256)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 def test_head_sizes_store_dtypes_and_the_soft_cap(head_dim, value_dim, dtype, soft_cap):
@@ -94,6 +136,64 @@ def test_no_result_depends_on_the_chunk(zone):
             state = attend_spans(query[:, :, first:end], cut(key[:, :end], value[:, :end], []), first, scale=0.25, **zone)
             torch.testing.assert_close(state.out.double(), right.out[:, :, first:end], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(state.lse.double(), right.lse[:, :, first:end], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize(("head_dim", "value_dim", "queries_per_kv", "dtype"), [(24, 16, 3, torch.float32), (15, 20, 2, torch.bfloat16)])
+def test_slopes_chunks_and_own_sinks_equal_the_oracle_in_any_chunk(name, head_dim, value_dim, queries_per_kv, dtype):
+    tokens = 1400
+    query, key, value = problem(2, queries_per_kv, tokens, tokens, head_dim, value_dim, dtype)
+    options = feature(name, query)
+    right = oracle(query, key, value, 0, 0.25, **options)
+    for chunk, first in ((tokens, 0), (700, 0), (333, 0), (7, 1000), (7, 1095), (1, 0), (1, 63), (1, 64), (1, 300), (1, 1100), (1, 1399)):
+        for start in range(first, min(tokens, first + 4 * chunk), chunk):
+            now = slice(start, min(tokens, start + chunk))
+            spans = cut(key[:, : now.stop], value[:, : now.stop], [now.stop // 3] if now.stop > 2 else [])
+            state = attend_spans(query[:, :, now], spans, start, scale=0.25, **rows(options, now))
+            torch.testing.assert_close(state.out.double(), right.out[:, :, now], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(state.lse.double(), right.lse[:, :, now], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("head_dim", [16, 20])
+def test_their_bits_depend_on_no_cut_and_no_grouping(name, head_dim):
+    for new, tokens in ((1, 1), (1, 1331), (4, 1103), (300, 1200)):
+        query, key, value = problem(3, 2, new, tokens, head_dim, 28)
+        options = feature(name, query)
+        whole = attend_spans(query, cut(key, value, []), tokens - new, scale=0.2, **options)
+        for borders in ([], [3, 5, 1000, 1024], list(range(100, tokens, 97))):
+            spans = cut(key, value, [border for border in borders if border < tokens])
+            assert bit_equal(whole, attend_spans(query, spans, tokens - new, scale=0.2, **options))
+        for heads in ([0], [2, 1]):
+            mine = rows(options, slice(None), heads)
+            alone = attend_spans(query[heads], cut(key[heads], value[heads], []), tokens - new, scale=0.2, **mine)
+            assert torch.equal(alone.out, whole.out[heads])
+            assert torch.equal(alone.lse, whole.lse[heads])
+
+
+def test_with_the_same_query_for_the_sinks_nothing_changes():
+    query, key, value = problem(2, 3, 40, 900)
+    zone = {"sink_tokens": 5, "recent_tokens": 100, "scale": 0.25}
+    plain = attend_spans(query, cut(key, value, []), 860, **zone)
+    torch.testing.assert_close(attend_spans(query, cut(key, value, []), 860, sink_query_HGSD=query, **zone), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_ends_at_the_last_sink_and_a_tile_with_its_chunk():
+    spans = [Span(0, torch.empty(1, 5000, 1), torch.empty(1, 5000, 1))]
+    (tile,) = plan_tiles(spans, 4000, 1, 5, 100, None, True)
+    assert [(block.sinks, block.pieces) for block in tile.blocks] == [(True, ((0, 0, 5, 0),)), (False, ((0, 3901, 100, 3901),))]
+    assert [block.tokens for block in plan_tiles(spans, 4000, 1, 5, 100)[0].blocks] == [105]
+    (tile,) = plan_tiles(spans, 3, 1, 5, 100, None, True)
+    assert [(block.sinks, block.tokens) for block in tile.blocks] == [(True, 4)]
+    tiles = plan_tiles(spans, 250, 300, 0, 100, 100)
+    assert [(tile.first, tile.end, tile.touched_tokens) for tile in tiles] == [
+        (250, 256, 56),
+        (256, 300, 100),
+        (300, 400, 100),
+        (400, 500, 100),
+        (500, 512, 12),
+        (512, 550, 50),
+    ]
 
 
 @pytest.mark.parametrize("head_dim", [16, 20, 24])

@@ -19,7 +19,8 @@ from kvcompile.link import GEMV_TOKENS, build_kernels
 from kvcompile.runtime.native import Column, NativeKernels
 
 ISAS: tuple[Isa, ...] = ("avx512", "avx2", "portable")
-EVERYWHERE = ("bf16_store", "tails", "window_300", "all_options", "mqa_window")  # the sites that every instruction set runs
+FEATURES = ("alibi", "alibi_capped", "chunked", "chunked_300", "cache_index", "cache_index_300", "many_sinks")
+EVERYWHERE = ("bf16_store", "tails", "window_300", "all_options", "mqa_window", *FEATURES)  # the sites that every instruction set runs
 MORE_ISAS = [(isa, name) for isa in ISAS for name in SITES if isa == machine_isa() or name in EVERYWHERE]
 LINEARS = {dtype: LinearRequest("linears", "cpu", dtype, GEMV_TOKENS) for dtype in ("float32", "bfloat16")}
 Kernels = Callable[[Isa], NativeKernels]
@@ -67,6 +68,8 @@ def edges(site: Attention) -> list[int]:
     for _, zone in site.groups:
         if isinstance(zone, SinkRecent):
             found |= {max(0, zone.sink_tokens - 1), zone.sink_tokens, zone.window_tokens, zone.window_tokens + 1}
+    if site.chunk_tokens is not None:
+        found |= {site.chunk_tokens - 1, 2 * site.chunk_tokens, 3 * site.chunk_tokens - 2}
     return sorted(found | ({1000} if site.queries_per_kv < 16 else set()))
 
 
@@ -114,6 +117,31 @@ def test_no_result_depends_on_the_chunk(kernels: Kernels, name: str, chunk: int)
         assert_right(reader.take(min(chunk, tokens - first)), reader.text, first)
     for position in range(tokens, tokens + 4):
         assert_right(reader.take(1), reader.text, position)
+
+
+@pytest.mark.parametrize("name", ["chunked", "chunked_300"])
+def test_no_bit_of_an_attention_chunk_depends_on_where_a_prompt_was_cut(kernels: Kernels, name: str) -> None:
+    found = []
+    for chunk in (700, 1, 7, 64, 299, 301):
+        reader = new_reader(kernels, name, 700)
+        found.append(torch.cat([reader.take(min(chunk, 700 - first)) for first in range(0, 700, chunk)]))
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+
+
+def test_a_query_that_is_shown_to_the_sinks_too_changes_no_result(kernels: Kernels) -> None:
+    """And another one changes those of the heads that have sinks, but where a position sees one key or a large logit."""
+    reader, same = new_reader(kernels, "cache_index", 60), new_reader(kernels, "cache_index", 60)
+    same.text.sink_query_QSD = same.text.query_QSD
+    plain = replace(SITES["cache_index"], cache_index=False)
+    right = Text(plain, machine_isa(), 60)
+    for part in ("query_QSD", "key_HSD", "value_HSE"):
+        setattr(right, part, getattr(same.text, part))
+    out = same.take(60)
+    assert_right(out, right, 0)
+    changed_SHGE = (reader.take(60) - out).abs().unflatten(1, (3, 3))
+    assert (changed_SHGE[2::2, [0, 2]].amax(3) > 0).all()
+    assert not changed_SHGE[:, 1].any()
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -387,6 +415,12 @@ def wrong_tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dic
         (wrong_tensor("out", Tensor.bfloat16), "the kernel is for other types"),
         (wrong_tensor("out", lambda out: out[:, :, :2].contiguous()), "out must be"),
         (wrong_tensor("out", lambda out: out[..., :15]), "out must be"),
+        (wrong_tensor("slopes", lambda _: torch.randn(2)), "slopes must be one float32 number a query head"),
+        (wrong_tensor("slopes", lambda _: torch.randn(3).double()), "slopes must be one float32 number a query head"),
+        (wrong_tensor("slopes", lambda _: torch.randn(3)), "slopes go with a kernel for them, and only with it"),
+        (wrong_tensor("sink_query", lambda _: torch.randn(1, 3, 4, 16)), "sink_query must be like query"),
+        (wrong_tensor("sink_query", lambda _: torch.randn(1, 3, 5, 16).double()), "sink_query must be like query"),
+        (wrong_tensor("sink_query", lambda _: torch.randn(3, 5, 16)), r"sink_query must be \[1, heads, tokens, dim\]"),
         (wrong_tensor("sinks", lambda _: torch.randn(2)), "one float32 number a query head"),
         (wrong_tensor("sinks", lambda _: torch.randn(3).double()), "one float32 number a query head"),
     ],
@@ -402,6 +436,8 @@ def test_a_wrong_call_is_refused_before_anything_is_written(kernels: Kernels, ch
         "key": torch.randn(1, 3, 5, 16),
         "value": torch.randn(1, 3, 5, 16),
         "sinks": None,
+        "sink_query": None,
+        "slopes": None,
         "table": reader.table.sites[0].clone(),
         "kv_heads": reader.heads.clone(),
         "out": torch.full((1, 5, site.query_heads, site.value_dim), -7.0),
@@ -412,9 +448,26 @@ def test_a_wrong_call_is_refused_before_anything_is_written(kernels: Kernels, ch
     assert (arguments["out"] == -7).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "missing", "text"),
+    [
+        ("alibi", "slopes", "slopes go with a kernel for them, and only with it"),
+        ("cache_index", "sink_query", "the kernel asks for the query that the sinks are shown"),
+    ],
+)
+def test_a_kernel_that_lacks_what_it_asks_for_is_refused(kernels: Kernels, name: str, missing: str, text: str) -> None:
+    reader = new_reader(kernels, name, 20)
+    if missing == "slopes":
+        reader.site = reader.site._replace(slopes=None)
+    else:
+        reader.text.attention = replace(reader.text.attention, cache_index=False)
+    with pytest.raises(RuntimeError, match=text):
+        reader.take(5)
+
+
 def test_bfloat16_kernels_refuse_float16(kernels: Kernels) -> None:
     reader = new_reader(kernels, "tails", 4)
-    for part in ("query_QSD", "key_HSD", "value_HSE"):
+    for part in ("query_QSD", "sink_query_QSD", "key_HSD", "value_HSE"):
         setattr(reader.text, part, getattr(reader.text, part).half())
     with pytest.raises(RuntimeError, match="the kernel is for other types"):
         reader.take(2)
@@ -428,11 +481,13 @@ def test_a_file_that_holds_no_kernels_is_refused(kernels: Kernels, tmp_path: Any
 
 def test_the_table_covers_what_the_kernels_promise() -> None:
     sites = SITES.values()
-    assert {site.head_dim for site in sites} >= {16, 24, 64, 80, 96, 128, 256}
+    assert {site.head_dim for site in sites} >= {15, 16, 20, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256}
     assert {site.queries_per_kv for site in sites} >= {1, 3, 4, 7, 8, 16, 71}
     assert any(site.value_dim != site.head_dim for site in sites)
     zones = {zone for site in sites for _, zone in site.groups}
     assert zones >= {All(), *(SinkRecent(sink, recent) for sink in (0, 4) for recent in (1, 16, 300))}
+    for feature in ("alibi", "chunk_tokens", "cache_index"):
+        assert {site.dtype for site in sites if getattr(site, feature)} == {"float32", "bfloat16"}, feature
     dtypes = {(site.dtype, site.store_dtype) for site in sites}
     assert dtypes == {(model, store) for model in ("float32", "bfloat16") for store in ("float32", "bfloat16")}
     assert cpu_flags() or machine_isa() == "portable"

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from native import Attention, Reader, Text, assert_right
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g")
-TIMEOUT_S = 240.0
+TIMEOUT_S = 480.0
 LONG = 4096  # tokens that are appended at once, and of which only the last one attends
 FIRST, SECOND = (0,), (1,)
 ISAS: tuple[Isa, ...] = ("avx512", "avx2", "portable")
@@ -44,6 +44,14 @@ SITES = {
         "bfloat16", "bfloat16", 64, 64, 8, ((FIRST, SinkRecent(4, 16)), (SECOND, All())), soft_cap=50.0, learnt_sinks=True
     ),
     "many queries": Attention("float32", "bfloat16", 16, 16, 71, ((FIRST, All()), (SECOND, SinkRecent(0, 1)))),
+    "float, slopes": Attention("float32", "float32", 15, 17, 5, ((FIRST, All()), (SECOND, SinkRecent(4, 16))), alibi=True),
+    "bfloat16, chunks": Attention(
+        "bfloat16", "bfloat16", 72, 24, 3, ((FIRST, SinkRecent(0, 20)), (SECOND, SinkRecent(0, 20))), chunk_tokens=20
+    ),
+    "float, chunks of 300": Attention("float32", "bfloat16", 40, 40, 1, ((FIRST, SinkRecent(0, 300)),), chunk_tokens=300),
+    "bfloat16, own sinks": Attention(
+        "bfloat16", "bfloat16", 40, 16, 4, ((FIRST, SinkRecent(4, 16)), (SECOND, SinkRecent(270, 1))), learnt_sinks=True, cache_index=True
+    ),
 }
 LINEARS = [LinearRequest("linears", "cpu", dtype, GEMV_TOKENS) for dtype in ("float32", "bfloat16")]
 
@@ -86,6 +94,8 @@ def lengths(site: Attention) -> list[int]:
     for _, zone in site.groups:
         if isinstance(zone, SinkRecent):
             found |= {zone.sink_tokens - 1, zone.sink_tokens, zone.window_tokens - 1, zone.window_tokens, zone.window_tokens + 1}
+    if site.chunk_tokens is not None:
+        found |= {2 * site.chunk_tokens, 2 * site.chunk_tokens + 1}
     return sorted(length for length in found if length > 0)
 
 

@@ -121,6 +121,16 @@ SINK = "policies: {mine: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 
             "sink_recent.sink_tokens: -1 is not allowed: a number of tokens from 0",
         ),
         (
+            "policies: {a: {zones: [all], positions: cache_index}}",
+            "s.yaml:2: policies.a.positions: cache_index is the place of a query behind its sinks, and the policy has no sink_recent "
+            "zone.\n  Write positions: absolute, or a zone such as sink_recent: {sink_tokens: 16, recent_tokens: 256}.",
+        ),
+        (
+            "policies: {a: {zones: [{sink_recent: {sink_tokens: 0, recent_tokens: 8}}], positions: cache_index}}",
+            "policies.a.positions: cache_index is the place of a query behind its sinks, and the policy keeps no sink tokens.",
+        ),
+        (f"{SINK}, positions: relative}}}}", 'policies.mine.positions: "relative" is not allowed: one of absolute, cache_index.'),
+        (
             "policies: {a: {zones: [{sink_recent: {sink_tokens: 1, recent_tokens: 0}}]}}",
             "sink_recent.recent_tokens: 0 is not allowed: a number of tokens from 1",
         ),
@@ -216,10 +226,6 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
             "policies.a.zones[0].all.store: a store for one zone is not built in kvcompile 0.1.0.\n  Write store at the policy.",
         ),
         ("policies: {a: {zones: [{all: {device: cuda}}]}}", "policies.a.zones[0].all.device: a device for one zone is not built"),
-        (
-            f"{SINK}, positions: cache_index}}}}",
-            "policies.mine.positions: positions cache_index is not built in kvcompile 0.1.0.\n  Built: absolute.",
-        ),
         (
             f"{SINK}, store: int8}}}}",
             "policies.mine.store: store int8 is not built in kvcompile 0.1.0.\n  Built: float32, bfloat16, float16.",

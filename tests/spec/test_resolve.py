@@ -78,6 +78,14 @@ def test_without_heads_every_kv_head_is_full_and_policies_are_built_in():
     assert spec.policies["streaming"].zones == (SinkRecent(16, 256),)
 
 
+@pytest.mark.parametrize("positions", ["absolute", "cache_index"])
+def test_a_policy_says_where_queries_stand(positions):
+    zones = [{"sink_recent": {"sink_tokens": 4, "recent_tokens": 8}}]
+    policies = {"mine": {"zones": zones, "positions": positions}}
+    spec = load_spec({"kvcompile": 1, "policies": policies, "heads": [{"policy": "mine"}]})
+    assert spec.policies["mine"] == HeadPolicy("mine", (SinkRecent(4, 8),), positions)
+
+
 def test_a_policy_may_redefine_a_built_in_name():
     spec = load_spec({"kvcompile": 1, "policies": {"quest": {"zones": ["all"]}}, "heads": [{"policy": "quest"}]})
     assert spec.policies["quest"].zones == (All(),)

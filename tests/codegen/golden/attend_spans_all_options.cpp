@@ -1,5 +1,5 @@
-// attend_spans d9822d1d7f4335ac: a query sees the first 16 tokens and the last 256.
-// Logits capped at 30. One learnt sink a query head, which the launcher adds.
+// attend_spans 47c5df2ab65d9294: a query sees the first 16 tokens and the last 256, of its chunk of 8192.
+// Logits capped at 30. ALiBi slopes join the logits. Sinks are shown another query. One learnt sink a query head, which the launcher adds.
 // 3 queries a KV head, head_dim 80, value_dim 40; float32 queries over bfloat16 keys and values, sums in float32.
 // Made by kvcompile from codegen/cpp/attend_spans.cpp.jinja; print it again with: kvcompile SPEC --show source
 #include "rows.h"
@@ -106,8 +106,7 @@ void add_tails(const float *weights, const KvcPiece &piece, int rows, float *out
 // Logits of the piece's keys that the query at `position` may not see become -inf.
 void hide(const KvcPiece &piece, int64_t position, float *logits) {
   for (int64_t t = position + 1 - piece.position < 0 ? 0 : position + 1 - piece.position; t < piece.tokens; t++) logits[t] = -kInfinity;
-  const int64_t first = kSinkTokens - piece.position;
-  const int64_t end = position - kRecentTokens + 1 - piece.position;
+  const int64_t first = kSinkTokens - piece.position, end = position - kRecentTokens + 1 - piece.position;
   for (int64_t t = first < 0 ? 0 : first; t < (end < piece.tokens ? end : piece.tokens); t++) logits[t] = -kInfinity;
 }
 
@@ -126,6 +125,7 @@ void attend(const KvcQueries *queries, const KvcPiece *pieces, int64_t count, co
   }
   for (int row = 0; row < rows; row++) {
     cap_logits(logits + row * kChunkTokens, tokens, kSoftCap);
+    add_slope(logits + row * kChunkTokens, pieces, count, queries->position + row / kQueries, queries->slopes[row % kQueries]);
     weigh(logits + row * kChunkTokens, tokens, state->maximum + row, state->sum + row);
   }
   tokens = 0;
@@ -146,5 +146,5 @@ void append(const KvcTokens *tokens, void *keys, void *values, int64_t slot) {
 
 }  // namespace
 
-extern "C" const KvcAttendKernel kvc_attend_d9822d1d7f4335ac = {
-    0xd9822d1d7f4335ac, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Stored), kTileTokens, 16, 256, attend, append};
+extern "C" const KvcAttendKernel kvc_attend_47c5df2ab65d9294 = {
+    0x47c5df2ab65d9294, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Stored), kTileTokens, 16, 256, 8192, 1, 1, attend, append};

@@ -1,18 +1,18 @@
 # Decode: one new token of each session attends over spans of keys and values, for one group of KV heads.
 #
-# Made by kvcompile from codegen/triton/attend_spans.py.jinja for request 07f9b389f5433c14; print it again with:
+# Made by kvcompile from codegen/triton/attend_spans.py.jinja for request 4b0896e065cf6bdb; print it again with:
 #     kvcompile SPEC --show source
-# Policy: the first 16 tokens (sinks) and the last 256, the query's own included.
+# Policy: the first 16 tokens (sinks) and the last 256, the query's own included, of its chunk of 8192.
 # Logits are 0.11180339887498948 * q.k, soft-capped at 30.0, with a learnt sink in the denominator; float16 stores, sums in float32.
 #
 # N sessions, H KV heads, G = 3 queries per KV head, D = 80, E = 80.  A work row is what one program does: at most a
 # chunk of the visible keys of one KV head of one session, as two ranges of contiguous tokens, a and b, of which b may be empty.
 # Offsets and strides count vectors of 8 elements, so that the compiler knows what is aligned.
 #
-# query:    fp32[N, H, G, D], contiguous
+# query:    fp32[2 * N, H, G, D], contiguous: those of the sessions, and as many that are shown to the sinks
 # keys:     fp16, any span's first element; token t of range a is D elements from vector key_a + t * key_stride
 # values:   fp16, likewise E elements from vector value_a + t * value_stride
-# work:     int64[items, 7] = session * H + KV head, key_a, value_a, tokens_a, key_b, value_b, tokens_b; rows of one
+# work:     int64[items, 7] = query * H + KV head, key_a, value_a, tokens_a, key_b, value_b, tokens_b; rows of one
 #           head are neighbours
 # first:    int32[N * H + 1], the work rows of a head are first[head] .. first[head + 1]; none is an empty zone
 # part_out: float32[items, G, E], part_lse: float32[items, G]

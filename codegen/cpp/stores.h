@@ -1,0 +1,103 @@
+// Where the positions of a store lie, and which of them a query sees.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kernel.h"
+
+namespace {
+
+// Stores are described by int64 words, which runtime/descriptor.py writes:
+//   growing   0, parts, and of each part: key, value, bytes from one head's keys to the next one's, the same of values, first
+//             position, end of its positions
+//   ring      1, key, value, the two strides in bytes, sink tokens, slots of the window
+enum StoreKind : int64_t { kGrowing = 0, kRing = 1 };
+constexpr int64_t kPartWords = 6;
+
+// Positions [from, to) of one head, as pieces of the store.
+void find_pieces(const int64_t *store, int64_t head, int64_t from, int64_t to, std::vector<KvcPiece> &pieces) {
+  if (store[0] == kGrowing) {
+    for (int64_t i = 0; i < store[1]; i++) {
+      const int64_t *part = store + 2 + i * kPartWords;
+      const int64_t first = std::max(from, part[4]), end = std::min(to, part[5]);
+      if (first < end)
+        pieces.push_back(
+            {(const char *)part[0] + head * part[2], (const char *)part[1] + head * part[3], first - part[4], end - first, first});
+    }
+    return;
+  }
+  const int64_t sink = store[5], window = store[6];
+  const char *key = (const char *)store[1] + head * store[3], *value = (const char *)store[2] + head * store[4];
+  while (from < to) {
+    const int64_t slot = from < sink ? from : sink + (from - sink) % window;
+    const int64_t tokens = std::min(to - from, sink + window - slot);  // the first round runs through the sinks into the window
+    pieces.push_back({key, value, slot, tokens, from});
+    from += tokens;
+  }
+}
+
+// The first position of an attention chunk, and the end of it.
+int64_t chunk_start(const KvcAttendKernel &kernel, int64_t position) {
+  return kernel.chunk_tokens ? position / kernel.chunk_tokens * kernel.chunk_tokens : 0;
+}
+int64_t chunk_end(const KvcAttendKernel &kernel, int64_t position) {
+  return kernel.chunk_tokens ? chunk_start(kernel, position) + kernel.chunk_tokens : INT64_MAX;
+}
+
+// Positions that queries of one attention chunk see, at least one of them each: two ranges, sinks and others, either may be empty.
+// They are one where nothing lies between them and they are shown the same query.
+struct Seen {
+  int64_t sink, sink_end, first, end;
+
+  Seen(const KvcAttendKernel &kernel, int64_t first_query, int64_t last_query) {
+    sink = chunk_start(kernel, first_query);
+    sink_end = std::max(sink, std::min(kernel.sink_tokens, last_query + 1));
+    first = kernel.recent_tokens ? std::max(sink_end, first_query + 1 - kernel.recent_tokens) : sink_end;
+    end = last_query + 1;
+    if (first == sink_end && !kernel.cache_index) first = sink, sink_end = sink;
+  }
+  int64_t tokens() const { return sink_end - sink + end - first; }
+  // Of keys: the sinks that are shown another query fill chunks of their own.
+  int64_t sink_chunks(const KvcAttendKernel &kernel) const { return kernel.cache_index ? chunks_of(sink_end - sink) : 0; }
+  int64_t chunks(const KvcAttendKernel &kernel) const {
+    return kernel.cache_index ? chunks_of(sink_end - sink) + chunks_of(end - first) : chunks_of(tokens());
+  }
+
+ private:
+  static int64_t chunks_of(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
+};
+
+// What is seen, in chunks of keys: pieces of chunk c are [cuts[c], cuts[c + 1]).
+struct Chunks {
+  std::vector<KvcPiece> pieces, found;
+  std::vector<int64_t> cuts;
+
+  void find(const KvcAttendKernel &kernel, const int64_t *store, int64_t head, const Seen &seen) {
+    pieces.clear();
+    cuts.assign(1, 0);
+    found.clear();
+    find_pieces(store, head, seen.sink, seen.sink_end, found);
+    if (kernel.cache_index) cut_found();
+    find_pieces(store, head, seen.first, seen.end, found);
+    cut_found();
+  }
+  int64_t count() const { return cuts.size() - 1; }
+
+ private:
+  void cut_found() {
+    int64_t room = kChunkTokens;
+    for (KvcPiece piece : found)
+      while (piece.tokens) {
+        KvcPiece cut = piece;
+        cut.tokens = std::min(piece.tokens, room);
+        pieces.push_back(cut);
+        piece.slot += cut.tokens, piece.position += cut.tokens, piece.tokens -= cut.tokens;
+        if (!(room -= cut.tokens)) cuts.push_back(pieces.size()), room = kChunkTokens;
+      }
+    if (room < kChunkTokens) cuts.push_back(pieces.size());
+    found.clear();
+  }
+};
+
+}  // namespace

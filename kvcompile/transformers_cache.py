@@ -1,0 +1,342 @@
+"""`kvcompile.Cache`: a `transformers.Cache` over our stores, so that `generate` of a Hugging Face model keeps and reads what a spec says.
+
+    model.generate(ids, past_key_values=kvcompile.Cache(model, spec="duo.yaml"))
+
+The cache gives new keys and values through to the attention, marked with whose they are, and transformers' attention implementation
+"kvcompile_cache" appends and attends in one operator (runtime/cached.py).  Two registrations are needed: without a mask function a
+custom attention gets no mask at all, even for a padded batch.  Source: transformers.cache_utils and masking_utils, 5.17 to 5.23.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+
+from kvcompile.ir.attend_op import ATTEND
+from kvcompile.ir.errors import Problem, SessionError, SpecError, UnsupportedGraphError
+from kvcompile.ir.plan import Plan
+from kvcompile.ir.policy import SinkRecent
+from kvcompile.ir.sites import AttentionSite
+from kvcompile.ir.spec import Spec, Target
+from kvcompile.ir.unit import Unit
+from kvcompile.link import link
+from kvcompile.passes.assign_policies import AssignPolicies
+from kvcompile.passes.build_zones import BuildZones
+from kvcompile.passes.huggingface import attention_as_nodes, is_huggingface
+from kvcompile.passes.place import Place
+from kvcompile.passes.request_kernels import RequestKernels
+from kvcompile.runtime.cached import ATTEND_CACHED, CachedSequences
+from kvcompile.runtime.model import CompiledModel
+from kvcompile.spec import load_spec
+
+# not "kvcompile": that is what models are traced with (passes/huggingface.py)
+NAME = "kvcompile_cache"
+_WHERE = "kvcompile.Cache"
+_LEARNT_SINKS = ("s_aux", "sinks")
+_MARK = "_kvcompile_state"
+_PROBE_TOKENS = 2
+_PASSES = (AssignPolicies(), BuildZones(), Place(), RequestKernels())
+
+
+class Cache(transformers.Cache):  # type: ignore[misc]  # transformers is not followed
+    """Keys and values of a batch of sequences, each KV head's as the spec says.
+
+    model: the Hugging Face model that will run with it; its attention implementation is set to "kvcompile_cache", with a warning.
+           Or its configuration: then the model is built without weights to look at its attentions, and the caller sets it.
+    spec:  policies, heads and what `target` says of the kernels; everything else is refused.
+    Padding on either side takes no memory.  Raises SpecError, UnsupportedGraphError (an attention that our stores cannot serve), and
+    what building kernels raises.
+    """
+
+    def __init__(self, model: Any, *, spec: str | Path | Mapping[str, Any] | Spec) -> None:
+        checked = _read(spec)
+        planned = _planned(model, checked)
+        self.plan: Plan = planned.plan
+        self._sequences = CachedSequences(planned)
+        self.state = self._sequences.state
+        super().__init__(layers=[_Layer(self._sequences) for _ in self.plan.sites])
+        for warning in planned.warnings:
+            warnings.warn(warning, stacklevel=2)
+        if isinstance(model, nn.Module):
+            _select_attention(model)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values themselves, marked for the attention, which appends them."""
+        setattr(key_states, _MARK, self.state)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens that the sequences have read, padding included; while it is compiled, as a tensor."""
+        return self.state[1] if torch.compiler.is_compiling() else self._sequences.tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[Any, int]:
+        """Keys that a full layer would have; no mask of that size is ever made."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is none."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last -tokens_to_remove tokens of every row (transformers counts them negatively).
+
+        Raises SessionError, and changes nothing, beyond what a ring still holds (`rollback: n` in a policy).
+        """
+        if tokens_to_remove > 0:
+            raise SessionError(
+                Problem("crop", f"{tokens_to_remove} is not negative.", "Give minus the number of tokens that are to be taken back.")
+            )
+        self._sequences.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; what is taken twice is forked and shares its past."""
+        self._sequences.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows."""
+        self._sequences.select(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, side by side."""
+        self._sequences.select([row for row in range(self._sequences.rows) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        """Empty again, for a batch of any size."""
+        self._sequences.reset()
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        return self._sequences.nbytes()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first call."""
+        return self._sequences.rows or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._sequences.rows > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether crop always works: no ring without `rollback`."""
+        groups = [group for site in self.plan.sites for group in site.groups]
+        return all(group.policy.rollback_tokens > 0 or not isinstance(group.policy.zones[0], SinkRecent) for group in groups)
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """What transformers asks of one layer; the sequences belong to the cache."""
+
+    is_compileable = False  # of transformers' own compiling, which wants a mask of the cache's size
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, sequences: CachedSequences) -> None:
+        super().__init__()
+        self._sequences = sequences
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Stores are made by the first call."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        raise SessionError(Problem(_WHERE, "a layer was updated by itself.", "Call update of the cache."))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._sequences.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._sequences.tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls at each attention; scale, windows and soft caps are in the plan."""
+    state = getattr(key, _MARK, None)
+    if state is None:
+        raise SessionError(
+            Problem(
+                _WHERE,
+                f'{type(module).__name__} runs with attention implementation "{NAME}" and without a kvcompile.Cache.',
+                "Pass past_key_values=kvcompile.Cache(model, spec=...), or call model.set_attn_implementation('sdpa').",
+            )
+        )
+    padding = None
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool or attention_mask.shape[2:] != (1, 1):
+            raise SessionError(
+                Problem(_WHERE, "the model was given an attention mask of its own.", "Give a mask of shape [batch, tokens], or none.")
+            )
+        padding = attention_mask[:, :, 0, 0]
+    sinks = next((keywords[name] for name in _LEARNT_SINKS if keywords.get(name) is not None), None)
+    return ATTEND_CACHED(query, key, value, padding, sinks, state, module.layer_idx), None
+
+
+def _mask(*shape: Any, attention_mask: Tensor | None = None, **keywords: Any) -> Tensor | None:
+    """Which tokens are none of padding, [batch, tokens, 1, 1]: models cut the last dimension, which changes nothing here."""
+    return None if attention_mask is None else attention_mask[:, :, None, None]
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def _select_attention(model: Any) -> None:
+    before = model.config._attn_implementation
+    if before == NAME:
+        return
+    model.set_attn_implementation(NAME)
+    warnings.warn(
+        f'kvcompile.Cache set the model\'s attention implementation to "{NAME}"; model.set_attn_implementation({before!r}) takes it back.',
+        stacklevel=3,
+    )
+
+
+def _read(spec: str | Path | Mapping[str, Any] | Spec) -> Spec:
+    from kvcompile.torch_backend import idle_fields
+
+    checked = load_spec(spec, check_model=False)
+    problems = [
+        Problem(checked.where(name), f"means nothing to {_WHERE}, which is given a model.", "Leave it out.")
+        for name in idle_fields(checked, ("target",))
+    ]
+    used = replace(checked.target, isa=None, kernels="generated", device="cpu", where="")
+    if used != Target(where=""):
+        problems.append(
+            Problem(
+                checked.where("target"),
+                f"{_WHERE} reads device, isa and kernels of it; the rest means nothing where the model is the caller's.",
+                "Leave the rest out.",
+            )
+        )
+    problems += [
+        Problem(
+            checked.where(f"policies.{name}.positions"),
+            f"{_WHERE} cannot rotate queries anew: the model has rotated them.",
+            "Write `positions: absolute`, or use kvcompile.compile.",
+        )
+        for name, policy in checked.policies.items()
+        if policy.positions != "absolute"
+    ]
+    if checked.target.device != "cpu":
+        problems.append(Problem(checked.where("target.device"), f"{_WHERE} runs on the CPU.", "Write `device: cpu`."))
+    if problems:
+        raise SpecError(*problems)
+    return checked
+
+
+class _SiteRecorder(TorchDispatchMode):
+    """Sites as they are called, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sites: list[AttentionSite] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if function is ATTEND:
+            self._record(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _record(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        learnt_sinks: Tensor | None,
+        site: int,
+        scale: float,
+        sliding_window: int,
+        soft_cap: float,
+        chunk_tokens: int = 0,
+        slopes: tuple[float, ...] = (),
+        sink_query: Tensor | None = None,
+    ) -> None:
+        number = len(self.sites)
+        self.sites.append(
+            AttentionSite(
+                index=number,
+                path=f"layers.{number}",
+                query_heads=query.shape[1],
+                kv_heads=key.shape[1],
+                head_dim=query.shape[3],
+                value_dim=value.shape[3],
+                scale=scale,
+                dtype=str(query.dtype).removeprefix("torch."),
+                sliding_window=sliding_window or None,
+                soft_cap=soft_cap or None,
+                learnt_sinks=learnt_sinks is not None,
+                chunk_tokens=chunk_tokens or None,
+                slopes=tuple(slopes),
+            )
+        )
+
+
+def attention_sites(model: Any) -> tuple[AttentionSite, ...]:
+    """The attentions of a model in their order, from one call with two tokens; a configuration's model is built without weights.
+
+    Raises UnsupportedGraphError for what transformers' attention interface does not show: models that do not use it, masks that are
+    neither causal nor sliding, layers without an attention.
+    """
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(model).eval()
+    if not is_huggingface(model):
+        raise UnsupportedGraphError(
+            Problem(_WHERE, f"{type(model).__name__} is not a transformers model.", "Use kvcompile.compile, which takes any module.")
+        )
+    recorder = _SiteRecorder()
+    device = next(model.parameters()).device
+    with attention_as_nodes(model), recorder, torch.no_grad():
+        model(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device=device), use_cache=False)
+    config = model.config.get_text_config(decoder=True)
+    layers = config.num_hidden_layers
+    if len(recorder.sites) != layers:
+        raise UnsupportedGraphError(
+            Problem(
+                _WHERE,
+                f"{len(recorder.sites)} of the {layers} layers of {type(model).__name__} attend through transformers' attention interface.",
+                "Use kvcompile.compile, which reads the model's graph.",
+            )
+        )
+    return tuple(recorder.sites)
+
+
+def _planned(model: Any, spec: Spec) -> CompiledModel:
+    """Plan and kernels, with a program that nobody runs."""
+    graph = torch.fx.Graph()
+    graph.output(graph.placeholder("input_ids"))
+    module = torch.fx.GraphModule({}, graph)
+    config: Any = model.config if isinstance(model, nn.Module) else model
+    config = config.get_text_config(decoder=True)
+    unit = Unit(module, spec, attention_sites(model), context_tokens=getattr(config, "max_position_embeddings", None))
+    for each in _PASSES:
+        unit = each.run(unit)
+        each.ensures(unit)
+    assert unit.plan is not None
+    eager = replace(spec, target=replace(spec.target, segments="eager"))  # there are no segments: nothing is to be said of them
+    linked = link(module, (unit.plan,), eager, lambda name, line: contextlib.nullcontext())
+    return CompiledModel(linked.program, unit.plan, spec, config.vocab_size, linked.kernels, warnings=(*unit.warnings, *linked.warnings))
+
+
+__all__ = ["NAME", "Cache", "attention_sites"]

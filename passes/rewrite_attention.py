@@ -1,0 +1,400 @@
+"""Attention that a graph spells out becomes one `kvc.attend` node.
+
+Two front ends: `scaled_dot_product_attention` with whatever mask (1), and  q @ k^T -> ... -> softmax -> ... @ v  (2).
+What stands in the dots is not matched but probed as a function of the raw scores (`probe_scores`), so:
+
+3. Everything between the scores and the second product must hang on the scores and on nothing else that knows tokens' content.
+4. Query, key and value are the operands of the two products.  Leading dimensions are heads, whatever their number.
+5. A KV head that was repeated for its query heads (expand, reshape, repeat_interleave) is found by sending numbers through the
+   layout; every group of equal heads is one KV head.
+7. A window wider than the tokens probed is a constant that something compares positions with: the constant is replaced by two
+   small ones, and what the attention then sees tells the window.
+6. A cast of query and key to a wider dtype than the value's belongs to the attention, which computes in float32 anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir.attend_op import ATTEND
+from kvcompile.ir.errors import Problem, UnsupportedGraphError
+from kvcompile.ir.evaluate import ancestors, content_nodes, evaluate_nodes, opname, shape_at
+from kvcompile.ir.show import node_text
+from kvcompile.ir.tokens import fake_value, place_of, token_dimensions
+from kvcompile.passes.probe_scores import PROBE_TOKENS, ScoreFacts, UnknownScores, probe_scores, visible_set
+
+_aten = torch.ops.aten
+_SDPA = _aten.scaled_dot_product_attention.default
+_SOFTMAX = (_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default)
+_PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
+_LAYOUT = frozenset(
+    {
+        *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand", "unsqueeze", "squeeze", "transpose", "permute", "t"),
+        *("clone", "contiguous", "repeat", "repeat_interleave", "alias", "detach", "expand_as", "movedim", "swapaxes"),
+    }
+)
+_CASTS = frozenset({"to", "_to_copy", "type_as", "float"})
+_NEARER = (11, 13)  # rule 7: what a constant is replaced by
+_NO_WINDOW = 1 << 24  # a larger constant stands for minus infinity
+_TABLE_ROWS = 1024
+_LONGER = 7  # tokens added to tell a size that was written into the graph from one that grows
+
+
+Arguments = Mapping[torch.fx.Node, tuple[Any, ...]]
+
+
+class _Weigh(Protocol):
+    """Raw scores [heads, tokens, tokens] -> weights, as `probe_scores` takes it; with other arguments for some nodes."""
+
+    def __call__(self, scores_HST: Tensor, arguments: Arguments | None = None) -> Tensor: ...
+
+
+def rewrite_attention(graph: torch.fx.Graph) -> None:
+    """Turns every attention that is spelt out in `graph` into a `kvc.attend` node.
+
+    Raises UnsupportedGraphError naming the first one that is not understood; FakeConstantError where a mask is a table whose
+    numbers are not loaded.
+    """
+    _split_baddbmm(graph)
+    input_ids, position_ids = graph.find_nodes(op="placeholder")
+    content = content_nodes(graph, input_ids)
+    inputs = _Inputs(input_ids, position_ids)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is _SDPA:
+            _rewrite(graph, _read_sdpa(node, inputs, content))
+        elif node.target in _SOFTMAX and len(token_dimensions(fake_value(node))) > 1 and node.users:
+            _rewrite(graph, _read_products(node, inputs, content))
+    graph.eliminate_dead_code()
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    input_ids: torch.fx.Node
+    position_ids: torch.fx.Node
+
+    def at(self, tokens: int) -> dict[torch.fx.Node, Tensor]:
+        """Some sequence of `tokens` tokens; which tokens they are must not matter."""
+        return {self.input_ids: torch.arange(tokens)[None] % 7 + 3, self.position_ids: torch.arange(tokens)[None]}
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """query [*lead, tokens, head_dim], key [*lead', tokens, head_dim] (or transposed), value [*lead', tokens, value_dim].
+
+    grouped: keys and values have fewer heads, of which each serves as many queries side by side (enable_gqa).
+    node: what the attention computes, [*lead, tokens, value_dim]; lead: its leading sizes, whose product is the query heads.
+    """
+
+    node: torch.fx.Node
+    query: torch.fx.Node
+    key: torch.fx.Node
+    value: torch.fx.Node
+    key_transposed: bool
+    grouped: bool
+    lead: tuple[int, ...]
+    facts: ScoreFacts
+
+    @property
+    def heads(self) -> int:
+        return math.prod(self.lead)
+
+
+def _refuse(node: torch.fx.Node, what: str) -> UnsupportedGraphError:
+    return UnsupportedGraphError(
+        Problem(
+            f"canonicalise_attention: {place_of(node)}",
+            f"an attention that kvcompile does not recognise, {what}: {node_text(node).strip()}",
+            "Recognised: softmax(scale * q @ k^T, capped, with ALiBi, under a causal, sliding or chunked mask) @ v.",
+        )
+    )
+
+
+def _split_baddbmm(graph: torch.fx.Graph) -> None:
+    """baddbmm(bias, q, k) -> bias * beta + bmm(q, k) * alpha: the bias (ALiBi) is then part of what is probed."""
+    for node in graph.find_nodes(op="call_function", target=_aten.baddbmm.default):
+        if len(token_dimensions(fake_value(node))) < 2:
+            continue
+        bias, left, right = node.args
+        beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+        with graph.inserting_before(node):
+            product = graph.call_function(_aten.bmm.default, (left, right))
+            scaled = graph.call_function(_aten.mul.Scalar, (product, alpha))
+            weighed = graph.call_function(_aten.mul.Scalar, (bias, beta))
+            total = graph.call_function(_aten.add.Tensor, (weighed, scaled))
+        for made in (product, scaled, total):
+            made.meta = dict(node.meta)
+        weighed.meta = dict(bias.meta)
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+
+
+def _read_sdpa(node: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]) -> _Attention:
+    """Rule 1."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    query, key, value, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    if given.get("dropout_p", 0.0):
+        raise _refuse(node, "with dropout")
+    if mask in content:
+        raise _refuse(node, "with a mask that depends on the tokens")
+    if mask is None and not given.get("is_causal", False):
+        raise _refuse(node, "without a causal mask")
+    scale = given.get("scale")
+    scale = fake_value(query).shape[-1] ** -0.5 if scale is None else float(scale)
+    lead = _lead(node, query, inputs)
+
+    def weigh(scores_HST: Tensor, arguments: Arguments | None = None) -> Tensor:
+        logits = scores_HST * scale
+        tokens = scores_HST.shape[-1]
+        if given.get("is_causal", False):
+            return logits.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+        (mask_value,) = evaluate_nodes([mask], inputs.at(tokens), double=True, arguments=arguments)
+        mask_value = mask_value.expand(*lead, tokens, tokens).reshape(-1, tokens, tokens)
+        logits = logits.masked_fill(~mask_value, -math.inf) if mask_value.dtype == torch.bool else logits + mask_value
+        return logits.softmax(-1)
+
+    cone = set() if mask is None else ancestors([mask], inputs.at(0))
+    return _Attention(node, query, key, value, False, bool(given.get("enable_gqa", False)), lead, _facts(node, weigh, lead, cone))
+
+
+def _read_products(softmax: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]) -> _Attention:
+    """Rules 2 and 3."""
+    scores = _scores_above(softmax, content)
+    out, weights = _product_below(softmax, content)
+    lead = _lead(scores, scores.args[0], inputs)  # type: ignore[arg-type]
+
+    def weigh(scores_HST: Tensor, arguments: Arguments | None = None) -> Tensor:
+        tokens = scores_HST.shape[-1]
+        known = {**inputs.at(tokens), scores: scores_HST.reshape(*lead, tokens, tokens)}
+        (found,) = evaluate_nodes([weights], known, double=True, arguments=arguments)
+        return found.reshape(-1, tokens, tokens)  # type: ignore[no-any-return]
+
+    query, key = scores.args
+    value = out.args[1]
+    assert isinstance(query, torch.fx.Node) and isinstance(key, torch.fx.Node) and isinstance(value, torch.fx.Node)
+    facts = _facts(softmax, weigh, lead, ancestors([weights], {scores, inputs.input_ids, inputs.position_ids}))
+    out_lead = _lead(out, weights, inputs)
+    if math.prod(out_lead) != math.prod(lead):
+        raise _refuse(out, "whose weights and scores have different heads")
+    return _Attention(out, query, key, value, True, False, out_lead, facts)
+
+
+def _facts(node: torch.fx.Node, weigh: _Weigh, lead: tuple[int, ...], cone: set[torch.fx.Node]) -> ScoreFacts:
+    """Probed at two numbers of tokens: a size that was written into the graph would show.  cone: what the scores go through."""
+    heads = math.prod(lead)
+    try:
+        facts = probe_scores(weigh, heads)
+        if not probe_scores(weigh, heads, PROBE_TOKENS + _LONGER).equals(facts):
+            raise UnknownScores("it changes with the number of tokens")
+        if facts.sliding_window is None and facts.chunk_tokens is None:
+            _check_tables(facts, weigh, heads, cone)
+            facts = _with_far_bound(facts, weigh, heads, cone)
+    except UnknownScores as error:
+        raise _refuse(node, str(error)) from error
+    return facts
+
+
+def _with_far_bound(facts: ScoreFacts, weigh: _Weigh, heads: int, cone: set[torch.fx.Node]) -> ScoreFacts:
+    """Rule 7."""
+    zero = torch.zeros(heads, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.float64)
+    bounds = []
+    for node in cone:
+        for place, constant in enumerate(node.args):
+            if type(constant) is not int or not PROBE_TOKENS <= abs(constant) < _NO_WINDOW or not _compares(node):
+                continue
+            sign = -1 if constant < 0 else 1
+            found = []
+            for nearer in _NEARER:
+                arguments = {node: (*node.args[:place], sign * nearer, *node.args[place + 1 :])}
+                window, chunk = visible_set(weigh(zero.clone(), arguments))
+                found.append((window and window - nearer, chunk and chunk - nearer))
+            if found[0] != found[1]:
+                raise UnknownScores(f"the constant {constant} of {node.name} bounds what it sees in a way that is not known")
+            if found[0] != (None, None):
+                bounds.append(tuple(more and more + abs(constant) if more != 0 else abs(constant) for more in found[0]))
+    for window, chunk in bounds:
+        facts = replace(facts, sliding_window=window or facts.sliding_window, chunk_tokens=chunk or facts.chunk_tokens)
+    if len(bounds) > 1:
+        raise UnknownScores("several constants bound what it sees")
+    return facts
+
+
+def _compares(node: torch.fx.Node) -> bool:
+    overload: Any = node.target
+    return opname(node) in ("tril", "triu") or torch.Tag.pointwise in getattr(overload, "tags", ())
+
+
+def _check_tables(facts: ScoreFacts, weigh: _Weigh, heads: int, cone: set[torch.fx.Node]) -> None:
+    """A mask that is a table is looked at over as many of its rows as fit into memory."""
+    rows = max((min(fake_value(node).shape[-2:]) for node in cone if node.op == "get_attr" and fake_value(node).dim() >= 2), default=0)
+    tokens = min(int(rows), _TABLE_ROWS)
+    if tokens > PROBE_TOKENS and visible_set(weigh(torch.zeros(heads, tokens, tokens, dtype=torch.float64))) != (None, None):
+        raise UnknownScores(f"it sees less than all of {tokens} earlier tokens")
+
+
+def _scores_above(softmax: torch.fx.Node, content: set[torch.fx.Node]) -> torch.fx.Node:
+    """The product of queries and keys: the way up from the softmax, along the one input that knows the tokens' content."""
+    node = softmax
+    while True:
+        sources = [source for source in node.all_input_nodes if source in content and token_dimensions(fake_value(source))]
+        if node.target in _PRODUCTS and len(sources) == 2 and len(token_dimensions(fake_value(node))) > 1:
+            return node
+        if len(sources) != 1:
+            raise _refuse(softmax, f"because {node.name} mixes its scores with something else that depends on the tokens")
+        node = sources[0]
+
+
+def _product_below(softmax: torch.fx.Node, content: set[torch.fx.Node]) -> tuple[torch.fx.Node, torch.fx.Node]:
+    """The product with the values, and its left operand, the weights: the way down from the softmax."""
+    node = softmax
+    while True:
+        users = [user for user in node.users if user in content]
+        if len(users) != 1:
+            raise _refuse(softmax, f"because {node.name} has {len(users)} uses")
+        (user,) = users
+        if user.target in _PRODUCTS and user.args[0] is node:
+            return user, node
+        if sum(source in content for source in user.all_input_nodes) != 1:
+            raise _refuse(softmax, f"because {user.name} mixes its weights with something else that depends on the tokens")
+        node = user
+
+
+def _lead(node: torch.fx.Node, operand: torch.fx.Node, inputs: _Inputs) -> tuple[int, ...]:
+    """The sizes before [tokens, ...] of an operand: heads, in one dimension or several."""
+    value = fake_value(operand)
+    tokens = str(fake_value(inputs.input_ids).shape[1])
+    if value.dim() < 3 or str(value.shape[-2]) != tokens or any(isinstance(size, torch.SymInt) for size in value.shape[:-2]):
+        raise _refuse(node, f"because {operand.name} is not [heads, tokens, ...]")
+    return tuple(int(size) for size in value.shape[:-2])
+
+
+def _rewrite(graph: torch.fx.Graph, attention: _Attention) -> None:
+    node, facts = attention.node, attention.facts
+    _check_tokens(attention)
+    query, key, value = (_without_widening(each, attention.value) for each in (attention.query, attention.key, attention.value))
+    kv_heads = max(_distinct_heads(key, attention, attention.key_transposed), _distinct_heads(value, attention, False))
+    if attention.heads % kv_heads:
+        kv_heads = attention.heads
+    with graph.inserting_before(node):
+        heads_first = [
+            _as_heads(graph, query, attention, attention.heads, False),
+            _as_heads(graph, key, attention, kv_heads, attention.key_transposed),
+            _as_heads(graph, value, attention, kv_heads, False),
+        ]
+        dtype = fake_value(value).dtype
+        heads_first = [each if fake_value(each).dtype == dtype else _call(graph, _aten.to.dtype, each, dtype) for each in heads_first]
+        site = graph.call_function(
+            ATTEND,
+            (
+                *(*heads_first, None, -1, facts.scale, facts.sliding_window or 0, facts.soft_cap or 0.0),
+                *(facts.chunk_tokens or 0, list(facts.slopes)),
+            ),
+        )
+        site.meta = dict(node.meta, val=ATTEND(*(fake_value(each) for each in heads_first), *site.args[3:]))
+        out = _call(graph, _aten.transpose.int, site, 1, 2)
+        sizes = fake_value(node).shape
+        if [str(size) for size in fake_value(out).shape] != [str(size) for size in sizes]:
+            out = _call(graph, _aten.reshape.default, out, [int(s) if not isinstance(s, torch.SymInt) else -1 for s in sizes])
+        if fake_value(node).dtype != dtype:
+            out = _call(graph, _aten.to.dtype, out, fake_value(node).dtype)
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
+    for user in _views_after(out):
+        user.target = _aten.reshape.default  # the trace relied on the original's strides
+
+
+def _check_tokens(attention: _Attention) -> None:
+    """Keys and values are those of the call's own tokens, one a token."""
+    tokens = str(fake_value(attention.query).shape[-2])
+    for operand, dim in ((attention.key, -1 if attention.key_transposed else -2), (attention.value, -2)):
+        if str(fake_value(operand).shape[dim]) != tokens or token_dimensions(fake_value(operand)) != (fake_value(operand).dim() + dim,):
+            raise _refuse(attention.node, f"because {operand.name} holds other keys or values than the call's own tokens'")
+
+
+def _call(graph: torch.fx.Graph, target: Any, source: torch.fx.Node, *arguments: Any) -> torch.fx.Node:
+    """A node that computes target(source, *arguments), with what the trace would have recorded for it."""
+    node = graph.call_function(target, (source, *arguments))
+    node.meta = {key: entry for key, entry in source.meta.items() if key in ("nn_module_stack", "stack_trace")}
+    node.meta["val"] = target(fake_value(source), *arguments)
+    return node
+
+
+def _without_widening(operand: torch.fx.Node, value: torch.fx.Node) -> torch.fx.Node:
+    """Rule 6."""
+    dtype = fake_value(value).dtype
+    while opname(operand) in _CASTS and fake_value(operand).dtype != dtype:
+        source = operand.args[0]
+        if not isinstance(source, torch.fx.Node) or fake_value(source).dtype != dtype:
+            break
+        operand = source
+    return operand
+
+
+def _distinct_heads(operand: torch.fx.Node, attention: _Attention, transposed: bool) -> int:
+    """Rule 5: how many heads of an operand differ, where equal ones stand side by side in groups of one size."""
+    own = math.prod(int(size) for size in fake_value(operand).shape[:-2])
+    if attention.grouped:
+        return own
+    chain = [operand]
+    while opname(chain[-1]) in _LAYOUT and len(sources := _tensors(chain[-1])) == 1:
+        chain.append(sources[0])
+    tokens = 3
+    best = attention.heads
+    for base in chain:
+        shape = shape_at(base, tokens)
+        numbers = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
+        (found,) = evaluate_nodes([operand], {base: numbers, **_sizes(operand, tokens)})
+        found = found.transpose(-1, -2) if transposed else found
+        heads = found.expand(*attention.lead, *found.shape[-2:]).reshape(attention.heads, -1)[:, 0].tolist()
+        count = len(set(heads))
+        group = attention.heads // count
+        if attention.heads % count == 0 and heads == [heads[place // group * group] for place in range(len(heads))]:
+            best = min(best, count)
+    return best
+
+
+def _tensors(node: torch.fx.Node) -> list[torch.fx.Node]:
+    return [source for source in node.all_input_nodes if isinstance(fake_value(source), Tensor)]
+
+
+def _sizes(node: torch.fx.Node, tokens: int) -> dict[torch.fx.Node, Any]:
+    """Every size of the graph, for `tokens` tokens."""
+    input_ids, position_ids = node.graph.find_nodes(op="placeholder")
+    return _Inputs(input_ids, position_ids).at(tokens)
+
+
+def _as_heads(graph: torch.fx.Graph, operand: torch.fx.Node, attention: _Attention, heads: int, transposed: bool) -> torch.fx.Node:
+    """[1, heads, tokens, dim] of an operand: one of each group of equal heads."""
+    if transposed:
+        operand = _call(graph, _aten.transpose.int, operand, -1, -2)
+    sizes = fake_value(operand).shape
+    lead = tuple(int(size) for size in sizes[:-2])
+    own = math.prod(lead)
+    if own != attention.heads and not attention.grouped:  # broadcast over queries
+        operand = _call(graph, _aten.expand.default, operand, [*attention.lead, -1, -1])
+        lead, own = attention.lead, attention.heads
+    if lead != (1, own):
+        operand = _call(graph, _aten.reshape.default, operand, [1, own, -1, int(sizes[-1])])
+    if heads != own:
+        operand = _call(graph, _aten.slice.Tensor, operand, 1, 0, own, own // heads)
+    return operand
+
+
+def _views_after(node: torch.fx.Node) -> list[torch.fx.Node]:
+    found, queue = [], list(node.users)
+    while queue:
+        user = queue.pop()
+        if user.target is _aten.view.default:
+            found.append(user)
+            queue += list(user.users)
+        elif opname(user) in _LAYOUT:
+            queue += list(user.users)
+    return found

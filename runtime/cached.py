@@ -1,0 +1,198 @@
+"""Sequences whose keys and values lie in our stores while somebody else runs the model: the operator of `kvcompile.Cache`.
+
+    kvc::attend_cached(query, key, value, padding, learnt_sinks, state, layer) -> out
+
+query [B, query_heads, S, D], key [B, kv_heads, S, D], value [B, kv_heads, S, E]: new tokens only; out [B, S, query_heads, E]
+padding        None, or bool [B, tokens so far and new ones]: False where a row has padding, which is neither kept nor answered (0)
+learnt_sinks   None, or [query_heads]
+state          int64 [2]: the number of the `CachedSequences`, and how many tokens, padding included, it has read; changed by the last layer
+
+An operator of one site does what a session does: it appends the new tokens and attends over the stores.  All layers are called in
+their order; what stopped in between is taken back when the next call begins.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.runtime.model import CompiledModel, PackedCall
+from kvcompile.runtime.session import Session
+
+_UNKNOWN_TOKEN = -1  # the ids are the caller's
+
+_numbers = itertools.count()
+_living: weakref.WeakValueDictionary[int, CachedSequences] = weakref.WeakValueDictionary()
+
+
+class CachedSequences:
+    """A batch of sequences: a session a row, made by the first call.
+
+    model: plan and kernels; its program is never run.  state: what the operator takes.
+    """
+
+    def __init__(self, model: CompiledModel) -> None:
+        self.model = model
+        number = next(_numbers)
+        self.state = torch.tensor([number, 0])
+        self._sessions: list[Session] = []
+        self._real_BT: Tensor | None = None  # which tokens are none of padding; None: all
+        self._call: _Call | None = None
+        _living[number] = self
+
+    @property
+    def rows(self) -> int:
+        """Sequences; 0 before the first call."""
+        return len(self._sessions)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that every row has read, padding included."""
+        return int(self.state[1])
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        return sum(session.nbytes() for session in self._sessions)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sinks: Tensor | None, layer: int) -> Tensor:
+        """The operator.  Raises SessionError for layers out of order and another number of rows, CapacityError where memory is refused."""
+        if layer == 0:
+            self._begin(key.shape[0], key.shape[2], padding)
+        call = self._call
+        if call is None or call.layer != layer:
+            expected = "0" if call is None else f"{call.layer} or 0"
+            what = f"layer {layer} is called where layer {expected} should be."
+            raise SessionError(Problem("kvcompile.Cache", what, "Run the whole model, layer by layer."))
+        last = layer == len(self.model.plan.sites) - 1
+        out = call.attend(layer, query, key, value, sinks, last)
+        if last:
+            self._finish(call)
+        else:
+            call.layer += 1
+        return out
+
+    def _begin(self, rows: int, new: int, padding: Tensor | None) -> None:
+        self._take_back()
+        if not self._sessions:
+            self._sessions = [self.model.session() for _ in range(rows)]
+        if rows != self.rows:
+            raise SessionError(
+                Problem("kvcompile.Cache", f"{rows} rows for a cache of {self.rows}.", "Give it the batch that it began with, or reset it.")
+            )
+        for session in self._sessions:
+            session.check_usable()
+        real_BS = None if padding is None else padding[:, self.tokens : self.tokens + new]
+        if real_BS is not None and (real_BS.shape != (rows, new) or bool(real_BS.all())):
+            assert real_BS.shape == (rows, new), (real_BS.shape, rows, new)
+            real_BS = None
+        lengths = [new] * rows if real_BS is None else real_BS.sum(1).tolist()
+        self._call = _Call(self.model, self._sessions, lengths, new, real_BS)
+        self._call.begin()
+
+    def _finish(self, call: _Call) -> None:
+        for session, length in zip(self._sessions, call.lengths, strict=True):
+            session.tokens.extend([_UNKNOWN_TOKEN] * length)
+        if self._real_BT is not None or call.real_BS is not None:
+            before_BT = torch.ones(self.rows, self.tokens, dtype=torch.bool) if self._real_BT is None else self._real_BT
+            new_BS = torch.ones(self.rows, call.new, dtype=torch.bool) if call.real_BS is None else call.real_BS
+            self._real_BT = torch.cat([before_BT, new_BS], 1)
+        self.state[1] += call.new
+        self._call = None
+
+    def _take_back(self) -> None:
+        """What a call that did not reach the last layer has appended."""
+        if self._call is not None:
+            self._call = None
+            for session in self._sessions:
+                session.restore_after_failure(len(session), session.convolutions, RuntimeError("the model stopped between two layers"))
+
+    def crop(self, tokens: int) -> None:
+        """Takes back the last `tokens` tokens of every row.  Raises SessionError, and changes nothing, where a ring cannot follow."""
+        self._take_back()
+        if not 0 <= tokens <= self.tokens:
+            raise SessionError(Problem("crop", f"cannot take back {tokens} of {self.tokens} tokens.", f"Give 0 to {self.tokens}."))
+        keep = self.tokens - tokens
+        counts = [tokens] * self.rows if self._real_BT is None else self._real_BT[:, keep:].sum(1).tolist()
+        spare = [session.fork() for session in self._sessions[:-1]]  # the last one changes nothing when it refuses
+        try:
+            for session, count in zip(self._sessions, counts, strict=True):
+                session.rollback(count)
+        except SessionError:
+            self._sessions[: len(spare)] = spare
+            raise
+        self._real_BT = None if self._real_BT is None else self._real_BT[:, :keep]
+        self.state[1] = keep
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row rows[i] was: a fork where one is taken twice."""
+        self._take_back()
+        taken: set[int] = set()
+        chosen = []
+        for row in rows:
+            chosen.append(self._sessions[row].fork() if row in taken else self._sessions[row])
+            taken.add(row)
+        self._sessions = chosen
+        self._real_BT = None if self._real_BT is None else self._real_BT[list(rows)]
+
+    def reset(self) -> None:
+        """Empty, for a batch of any size."""
+        self._sessions, self._real_BT, self._call = [], None, None
+        self.state[1] = 0
+
+
+class _Call:
+    """One pass through the layers.  real_BS: which new tokens are none of padding, None for all; layer: the next one."""
+
+    def __init__(self, model: CompiledModel, sessions: list[Session], lengths: list[int], new: int, real_BS: Tensor | None) -> None:
+        self.model, self.sessions, self.lengths, self.new, self.real_BS = model, sessions, lengths, new, real_BS
+        self.layer = 0
+        self._places = None if real_BS is None else real_BS.flatten().nonzero().flatten()
+
+    def begin(self) -> None:
+        """Counts the new tokens; rows that have only padding take no part."""
+        kept = [(session, length) for session, length in zip(self.sessions, self.lengths, strict=True) if length]
+        sessions, lengths = [session for session, _ in kept], [length for _, length in kept]
+        self._packed = PackedCall.begin(self.model, sessions, [len(session) for session in sessions], lengths, only_last=False)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, final: bool) -> Tensor:
+        rows, _, new, _ = query.shape
+        if rows == 1 and self._places is None:
+            return self._packed.attend(layer, query, key, value, sinks, None, final)
+        packed = self._packed.attend(layer, self._pack(query), self._pack(key), self._pack(value), sinks, None, final)[0]
+        if self._places is None:
+            return packed.reshape(rows, new, *packed.shape[1:])
+        out = packed.new_zeros(rows * new, *packed.shape[1:])
+        out[self._places] = packed
+        return out.reshape(rows, new, *packed.shape[1:])
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        """[B, H, S, D] -> [1, H, tokens, D], row after row, without padding."""
+        tokens = tensor.transpose(1, 2).flatten(0, 1)
+        return (tokens if self._places is None else tokens[self._places]).transpose(0, 1).unsqueeze(0)
+
+
+def _attend_cached(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, learnt_sinks: Tensor | None, state: Tensor, layer: int
+) -> Tensor:
+    return _living[int(state[0])].attend(query, key, value, padding, learnt_sinks, layer)
+
+
+def _attend_cached_fake(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, learnt_sinks: Tensor | None, state: Tensor, layer: int
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+_library = torch.library.Library("kvc", "FRAGMENT")
+_library.define(
+    "attend_cached(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor? learnt_sinks, Tensor(a!) state, int layer) -> Tensor"
+)
+_library.impl("attend_cached", _attend_cached, "CompositeExplicitAutograd")
+torch.library.register_fake("kvc::attend_cached", _attend_cached_fake, lib=_library)
+
+ATTEND_CACHED = torch.ops.kvc.attend_cached.default
