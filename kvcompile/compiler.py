@@ -27,6 +27,7 @@ from kvcompile.models import cache
 from kvcompile.models.exported import as_module
 from kvcompile.models.load import open_model
 from kvcompile.models.opened import OpenedModel, token_ids
+from kvcompile.passes.probe_segments import probe_segments
 from kvcompile.passes.rotate_sink_queries import check_shift_invariance
 from kvcompile.passes.trace import FixedLengthError, bind_weights, front_ends, trace
 from kvcompile.pipeline import Pipeline
@@ -126,6 +127,8 @@ def compile(
         tokenizer = tokenizer if tokenizer is not None else opened.tokenizer()
     assert module is not None and unit.plan is not None
     check_shift_invariance(unit)  # the weights hold the rotation's numbers
+    with stages.stage("probe", "probing segments"):
+        probe_segments(unit.graph, unit.position_rows or unit.context_tokens)
     linked = link(unit.graph, (unit.plan, full_plan(unit.plan)), checked, stages.stage)
     compiled = CompiledModel(
         program=linked.program,

@@ -307,8 +307,10 @@ def attention_sites(model: Any) -> tuple[AttentionSite, ...]:
         )
     recorder = _SiteRecorder()
     device = next(model.parameters()).device
-    with attention_as_nodes(model), recorder, torch.no_grad():
-        model(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device=device), use_cache=False)
+    # a cache of its own, because without one transformers looks for packed sequences, whose numbers a model without weights lacks
+    call = {"past_key_values": transformers.DynamicCache(), "use_cache": True}
+    with attention_as_nodes(model), torch.compiler.set_stance("force_eager"), recorder, torch.no_grad():
+        model(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device=device), **call)
     config = model.config.get_text_config(decoder=True)
     layers = config.num_hidden_layers
     if len(recorder.sites) != layers:
@@ -327,9 +329,9 @@ def _planned(model: Any, spec: Spec) -> CompiledModel:
     graph = torch.fx.Graph()
     graph.output(graph.placeholder("input_ids"))
     module = torch.fx.GraphModule({}, graph)
-    config: Any = model.config if isinstance(model, nn.Module) else model
-    config = config.get_text_config(decoder=True)
-    unit = Unit(module, spec, attention_sites(model), context_tokens=getattr(config, "max_position_embeddings", None))
+    sites = attention_sites(model)
+    config: Any = (model.config if isinstance(model, nn.Module) else model).get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+    unit = Unit(module, spec, sites, context_tokens=getattr(config, "max_position_embeddings", None))
     for each in _PASSES:
         unit = each.run(unit)
         each.ensures(unit)

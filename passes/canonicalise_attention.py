@@ -42,7 +42,7 @@ class CanonicaliseAttention:
             raise UnsupportedGraphError(
                 Problem(
                     f"{self.name}: {place_of(first)}",
-                    f"an attention is spelt out that kvcompile does not recognise: {node_text(first).strip()}",
+                    f"tokens meet in a way that kvcompile does not recognise: {node_text(first).strip()}",
                     "Only softmax attention and elementwise work may see two tokens at once.",
                 )
             )

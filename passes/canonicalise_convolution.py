@@ -165,7 +165,7 @@ def _is_causal_filter(piece: _Piece) -> bool:
         }
         known |= {node: random(node, tokens) for node in (piece.source, piece.weight, piece.bias) if node is not None}
         try:
-            (found,) = evaluate_nodes([piece.result], known, double=True)
+            (found,) = evaluate_nodes([piece.result], known, compute=torch.float64)
         except (FakeConstantError, LookupError, RuntimeError, ValueError):  # needs more than its input, or more tokens
             return False
         expected = CONVOLVE(

@@ -170,10 +170,24 @@ def own_attention(model: torch.nn.Module, implementation: str) -> Iterator[None]
     except (ValueError, ImportError) as error:
         raise _refuse(f"{type(model).__name__} has no {implementation} attention.", "") from error
     try:
-        with _batched_experts(model):
+        with _batched_experts(model), _without_cache(config):
             yield
     finally:
         set_implementation(before)
+
+
+@contextlib.contextmanager
+def _without_cache(config: Any) -> Iterator[None]:
+    """A forward that hides `use_cache` among its keywords asks its configuration."""
+    parts = [part for part in (config, getattr(config, "text_config", None)) if hasattr(part, "use_cache")]
+    before = [part.use_cache for part in parts]
+    for part in parts:
+        part.use_cache = False
+    try:
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.use_cache = value
 
 
 @contextlib.contextmanager

@@ -62,6 +62,7 @@ def rewrite_attention(graph: torch.fx.Graph) -> None:
     numbers are not loaded.
     """
     _split_baddbmm(graph)
+    _split_einsum(graph)
     input_ids, position_ids = graph.find_nodes(op="placeholder")
     content = content_nodes(graph, input_ids)
     inputs = _Inputs(input_ids, position_ids)
@@ -136,6 +137,31 @@ def _split_baddbmm(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def _split_einsum(graph: torch.fx.Graph) -> None:
+    """einsum of two operands with one summed letter, and one of each operand's own: a matmul of permuted operands."""
+    for node in graph.find_nodes(op="call_function", target=_aten.einsum.default):
+        equation, operands = node.args[0].replace(" ", ""), node.args[1]
+        if len(operands) != 2 or "->" not in equation or "." in equation:
+            continue
+        (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
+        batch = [letter for letter in left if letter in right and letter in out]
+        summed = [letter for letter in left if letter in right and letter not in out]
+        own = [[letter for letter in one if letter not in other] for one, other in ((left, right), (right, left))]
+        sizes = [len(group) for group in (summed, *own)]
+        if sizes != [1, 1, 1] or any(letter not in out for letter in (*own[0], *own[1])) or len(set(left)) + len(set(right)) != len(left + right):
+            continue
+        with graph.inserting_before(node):
+            first = _call(graph, _aten.permute.default, operands[0], [left.index(letter) for letter in (*batch, *own[0], *summed)])
+            second = _call(graph, _aten.permute.default, operands[1], [right.index(letter) for letter in (*batch, *summed, *own[1])])
+            product = _call(graph, _aten.matmul.default, first, second)
+            made = [*batch, *own[0], *own[1]]
+            result = _call(graph, _aten.permute.default, product, [made.index(letter) for letter in out])
+        for new in (first, second, product, result):
+            new.meta = {**node.meta, "val": new.meta["val"]}
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
 def _read_sdpa(node: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]) -> _Attention:
     """Rule 1."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -156,7 +182,7 @@ def _read_sdpa(node: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]
         tokens = scores_HST.shape[-1]
         if given.get("is_causal", False):
             return logits.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
-        (mask_value,) = evaluate_nodes([mask], inputs.at(tokens), double=True, arguments=arguments)
+        (mask_value,) = evaluate_nodes([mask], inputs.at(tokens), compute=torch.float64, arguments=arguments)
         mask_value = mask_value.expand(*lead, tokens, tokens).reshape(-1, tokens, tokens)
         logits = logits.masked_fill(~mask_value, -math.inf) if mask_value.dtype == torch.bool else logits + mask_value
         return logits.softmax(-1)
@@ -174,7 +200,7 @@ def _read_products(softmax: torch.fx.Node, inputs: _Inputs, content: set[torch.f
     def weigh(scores_HST: Tensor, arguments: Arguments | None = None) -> Tensor:
         tokens = scores_HST.shape[-1]
         known = {**inputs.at(tokens), scores: scores_HST.reshape(*lead, tokens, tokens)}
-        (found,) = evaluate_nodes([weights], known, double=True, arguments=arguments)
+        (found,) = evaluate_nodes([weights], known, compute=torch.float64, arguments=arguments)
         return found.reshape(-1, tokens, tokens)  # type: ignore[no-any-return]
 
     query, key = scores.args
@@ -323,7 +349,7 @@ def _call(graph: torch.fx.Graph, target: Any, source: torch.fx.Node, *arguments:
     """A node that computes target(source, *arguments), with what the trace would have recorded for it."""
     node = graph.call_function(target, (source, *arguments))
     node.meta = {key: entry for key, entry in source.meta.items() if key in ("nn_module_stack", "stack_trace")}
-    node.meta["val"] = target(fake_value(source), *arguments)
+    node.meta["val"] = target(fake_value(source), *(fake_value(item) if isinstance(item, torch.fx.Node) else item for item in arguments))
     return node
 
 

@@ -315,7 +315,7 @@ def _products(flow: _Flow, site: torch.fx.Node, positions: Tensor) -> Tensor:
     for start in sorted(cone.starts, key=lambda node: node.name):
         known[start] = torch.randn(shape_at(start, tokens), generator=generator, dtype=torch.float64)
     known |= {node: size_at(fake_value(node), tokens) for node in site.graph.nodes if is_size(node)}
-    query_1HSD, key_1KSD = evaluate_nodes([query, key], known, double=True)
+    query_1HSD, key_1KSD = evaluate_nodes([query, key], known, compute=torch.float64)
     query_HSD, key_KSD = query_1HSD[0], key_1KSD[0]
     products: Tensor = query_HSD @ key_KSD.repeat_interleave(len(query_HSD) // len(key_KSD), 0).transpose(1, 2)
     return products

@@ -17,7 +17,7 @@ _CONTENT_FREE = frozenset(
         *("new_empty", "new_zeros", "new_ones", "new_full"),
     }
 )
-_HALVES_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class FakeConstantError(Exception):
@@ -55,13 +55,13 @@ def evaluate_nodes(
     nodes: Sequence[torch.fx.Node],
     known: Mapping[torch.fx.Node, Any],
     *,
-    double: bool = False,
+    compute: torch.dtype | None = None,
     arguments: Mapping[torch.fx.Node, tuple[Any, ...]] | None = None,
 ) -> list[Any]:
     """The values of `nodes` from those of `known` nodes and the graph's own constants.
 
     arguments: other arguments for some nodes, to see what a constant does.
-    double: every floating number is a float64, whatever the graph casts to: rounding would blur a scale.
+    compute: every floating number is of this dtype, whatever the graph casts to: rounding would blur a scale.
     Raises LookupError where an input is needed that is not known, FakeConstantError where a constant has no numbers.
     """
     values: dict[torch.fx.Node, Any] = dict(known)
@@ -75,10 +75,10 @@ def evaluate_nodes(
             raise LookupError(node.name)
         else:
             given = (arguments or {}).get(node, node.args)
-            positional, keywords = torch.fx.node.map_aggregate((given, dict(node.kwargs)), lambda item: _argument(item, values, double))
+            positional, keywords = torch.fx.node.map_aggregate((given, dict(node.kwargs)), lambda item: _argument(item, values, compute))
             values[node] = node.target(*positional, **keywords)
-        if double:
-            values[node] = _widened(values[node])
+        if compute is not None:
+            values[node] = _as_dtype(values[node], compute)
     return [values[node] for node in nodes]
 
 
@@ -94,19 +94,19 @@ def ancestors(nodes: Iterable[torch.fx.Node], known: Container[torch.fx.Node]) -
     return found
 
 
-def _argument(item: Any, values: Mapping[torch.fx.Node, Any], double: bool) -> Any:
+def _argument(item: Any, values: Mapping[torch.fx.Node, Any], compute: torch.dtype | None) -> Any:
     if isinstance(item, torch.fx.Node):
         return values[item]
-    if double and item in _HALVES_AND_SINGLE:
-        return torch.float64
+    if compute is not None and item in _FLOATS:
+        return compute
     return item
 
 
-def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype in _HALVES_AND_SINGLE:
-        return value.double()
+def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.dtype in _FLOATS:
+        return value.to(dtype)
     if isinstance(value, (list, tuple)):
-        return type(value)(_widened(item) for item in value)
+        return type(value)(_as_dtype(item, dtype) for item in value)
     return value
 
 

@@ -3,8 +3,8 @@
 1. What counts: a model that transformers builds and runs from token ids, and that attends (attention_seen.py).
 2. `full`: the original on the whole sequence against prefill in two chunks, then one token at a time.
 3. `streaming`: the same, against the float64 oracle on the whole sequence (oracle.py).
-4. The tolerance is that of a logit.  Where the original's own float32 is farther from its float64 than that, the result says so
-   and its distance is the yardstick.
+4. The tolerance is that of logits with a deviation of 1 or more, and in proportion below.  Where the original's own float32 is
+   farther from its float64 than that, the result says so and its distance is the yardstick.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CHUNKS, STEPS = (20, 16), 12  # a prefill beyond every window of a tiny model, and as many tokens again as a window
 TOKENS = sum(CHUNKS) + STEPS
-TOLERANCE = 1e-4  # of a logit, float32; logits of a tiny model have a deviation near 1
+TOLERANCE = 1e-4  # of a logit, float32; most tiny models' logits have a deviation near 1, a few scale theirs down to 0.06
 STREAMING = SinkRecent(sink_tokens=3, recent_tokens=9)
 SPEC: dict[str, Any] = {
     "kvcompile": 1,
@@ -125,13 +125,14 @@ def _check(model_type: str, found: dict[str, Any]) -> tuple[Status, str]:
     found["full_error"] = _distance(full, expected)
     found["streaming_error"] = _distance(_incremental_logits(compiled, ids), oracle.logits(ids))
     worst = max(found["full_error"], found["streaming_error"])
-    if worst <= TOLERANCE:
+    tolerance = TOLERANCE * min(1.0, float(expected.std()))
+    if worst <= tolerance:
         return "works", ""
     found["noise"] = _distance(expected, Oracle(_sited_graph(tiny.model), All()).logits(ids))
     if worst <= found["noise"]:
         return "works", f"its own float32 is {found['noise']:.1e} from its float64"
-    which = "full" if found["full_error"] > max(TOLERANCE, found["noise"]) else "streaming"
-    return "wrong", f"{which} differs by {found[f'{which}_error']:.1e} (tolerance {TOLERANCE:.0e}, noise {found['noise']:.1e})"
+    which = "full" if found["full_error"] > max(tolerance, found["noise"]) else "streaming"
+    return "wrong", f"{which} differs by {found[f'{which}_error']:.1e} (tolerance {tolerance:.0e}, noise {found['noise']:.1e})"
 
 
 def _ids() -> Tensor:

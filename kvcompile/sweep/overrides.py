@@ -30,7 +30,7 @@ OVERRIDES: dict[str, tuple[dict[str, Any], str]] = {
         {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
         "None in the class; the published one takes 6 of 128, beside 2 shared",
     ),
-    "dots3_note_text": ({"head_dim": 20}, "a sliding layer's head is its two parts, one of which is larger there"),
+    "dots3_note_text": ({"head_dim": 32}, "a sliding layer's head is its two parts, one of which is larger there"),
     "gemma4_assistant": (
         {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
         "the class's default refuses itself; its check asks for these",

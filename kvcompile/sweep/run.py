@@ -151,6 +151,7 @@ def _not_ready(worker: _Worker) -> KvcompileError:
 
 def _serve(connection: Connection[Any, Any], check: Check, threads: int) -> None:
     """What runs in a worker.  torch tells of each failed try of an export on stderr; the result says it once."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it tells of each kernel package that is missing
     import torch
 
     torch.set_num_threads(threads)

@@ -48,7 +48,8 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("head_dim", "v_head_dim", "kv_channels", "attention_head_dim", "global_head_dim", "dim_head", "d_head"), _HEAD_DIM),
     **dict.fromkeys(("swa_head_dim", "attention_head_size", "index_head_dim"), _HEAD_DIM),
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), _HEAD_DIM),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), _ROTARY_DIM),
+    **dict.fromkeys(("qk_rope_head_dim",), _ROTARY_DIM),
+    **dict.fromkeys(("qk_nope_head_dim",), _HEAD_DIM),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_vocab", "pronunciation_vocab_size", "shape_vocab_size"), _VOCABULARY),
     **dict.fromkeys(("encoder_hash_byte_group_vocab",), _VOCABULARY),
@@ -263,6 +264,8 @@ def _fields(config: Any, layers: int) -> dict[str, Any]:
             given[name] = 1 + len(name) % 5
     if values.get("qk_rope_head_dim") and values.get("head_dim") == values["qk_rope_head_dim"]:
         given["head_dim"] = _ROTARY_DIM  # the part of a head that is rotated, not the head
+    if values.get("qk_rope_head_dim") and values.get("qk_nope_head_dim", 0) + values["qk_rope_head_dim"] == values.get("v_head_dim"):
+        given["qk_nope_head_dim"] = _HEAD_DIM - _ROTARY_DIM  # keys and values of one size stay so
     for name in parts:
         part = getattr(config, name)
         given[name] = {**part.to_dict(), **_overridden(part.model_type, _fields(part, layers))}
@@ -295,10 +298,12 @@ def _in_proportion(name: str, value: Any, usual: Any) -> Any:
 
 def _kept_layers(values: dict[str, Any], real_layers: int, layers: int) -> list[int]:
     """Rule 2: the first layer of every kind, then the second of each, and so on, in their order."""
-    columns: list[list[Any]] = [value for name, value in values.items() if isinstance(value, list) and len(value) == real_layers]
+    columns: list[list[Any]] = []
     for name, value in values.items():
         if _is_list_of_layers(name, value, real_layers):
             columns.append([layer in value for layer in range(real_layers)])
+        elif isinstance(value, list) and len(value) == real_layers:
+            columns.append(value)
     if values.get(_OWN_FIELDS):
         columns.append([values[_OWN_FIELDS].get(layer) for layer in range(real_layers)])
     if values.get(_SHARED_LAYERS):
@@ -306,7 +311,7 @@ def _kept_layers(values: dict[str, Any], real_layers: int, layers: int) -> list[
     seen: dict[str, int] = {}
     turns = []
     for layer in range(real_layers):
-        kind = str([column[layer] for column in columns if column[layer] != layer])
+        kind = str([column[layer] for column in columns])
         turns.append((seen.get(kind, 0), layer))
         seen[kind] = seen.get(kind, 0) + 1
     return sorted(layer for _, layer in sorted(turns)[: max(layers, len(seen))])

@@ -66,7 +66,24 @@ MIXINGS = {
     ),
     "the last token": (lambda x: x + x[:, -1:], "slice works along the token dimension"),
     "a product over tokens": (lambda x: x @ (x.transpose(1, 2) @ x), "matmul sums over tokens"),
-    "an einsum over tokens": (lambda x: x @ torch.einsum("bsd,bse->bde", x, x), "einsum is not known to be token-wise"),
+    "an einsum over tokens": (lambda x: x @ torch.einsum("bsd,bse->bde", x, x), "matmul sums over tokens"),
+    "an einsum of three": (lambda x: torch.einsum("bsd,bsd,bte->bse", x, x, x), "einsum is not known to be token-wise"),
+    "copies in another order": (
+        lambda x: (x[0].repeat(3, 1).view(3, -1, 16) + x[0].repeat_interleave(3, 0).view(3, -1, 16)).sum(0, keepdim=True),
+        "view deals a token's numbers out to others",
+    ),
+    "tokens repeated one by one, taken as copies": (
+        lambda x: x[0].repeat_interleave(3, 0).view(3, -1, 16).sum(0, keepdim=True),
+        "view deals a token's numbers out to others",
+    ),
+    "copies taken as tokens repeated one by one": (
+        lambda x: x[0].repeat(3, 1).view(-1, 3, 16).sum(1)[None],
+        "view deals a token's numbers out to others",
+    ),
+    "a write by number": (
+        lambda x: x.index_put((torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)), x[:, 0]),
+        "select works along the token dimension",
+    ),
     "a group norm over tokens": (lambda x: NORM(x.transpose(1, 2)).transpose(1, 2), "group_norm is not known to be token-wise"),
     "pooling": (lambda x: F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2), "avg_pool1d is not known to be token-wise"),
 }
@@ -89,6 +106,12 @@ def test_whatever_else_mixes_tokens_is_refused(kind):
     assert text.endswith(MEND)
 
 
+def _filled(x):
+    x = x.clone()
+    x[x > 0.5] = 0.25
+    return x
+
+
 FEATURE_WISE = {
     "softmax over features": lambda x: x.softmax(-1),
     "a sum over features": lambda x: x * x.sum(-1, keepdim=True),
@@ -96,6 +119,12 @@ FEATURE_WISE = {
     "sorted features": lambda x: x.sort(-1).values,
     "half of the features": lambda x: torch.cat([x[..., 8:], x[..., :8]], -1),
     "a slice of all tokens": lambda x: x[:, :],
+    "copies for experts, laid one behind the other": lambda x: x[0].repeat(3, 1).view(3, -1, 16).sum(0)[None] * x,
+    "copies weighed by what was computed for each": lambda x: (
+        (x[0].repeat(3, 1) * x[0, :, :3].transpose(0, 1).reshape(-1, 1)).reshape(3, -1, 16).sum(0)[None]
+    ),
+    "a number written under a mask": lambda x: x.masked_fill(x > 0, 1.0) + _filled(x),
+    "the larger of two": lambda x: torch.max(x, x.flip(2)) - torch.min(x, x * 2),
     "a product with itself": lambda x: (x.unsqueeze(2) @ x.unsqueeze(3)).squeeze(3) * x,
 }
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import toys
@@ -53,22 +55,64 @@ def refusal(mix) -> str:
     return str(caught.value)
 
 
-def test_positions_that_start_elsewhere_are_refused():
-    text = refusal(lambda self, x: x + torch.arange(5, x.shape[1] + 5)[:, None])
-    assert text.startswith("make_positions_explicit: arange: positions do not run from 0 in steps of 1, one a token: i64[s] ")
+COUNTS = {
+    "from elsewhere": lambda ids: torch.arange(5, ids.shape[1] + 5),
+    "in steps": lambda ids: torch.arange(3, 2 * ids.shape[1] + 3, 2),
+    "of another dtype": lambda ids: torch.arange(ids.shape[1], dtype=torch.float32),
+    "backwards from a constant": lambda ids: 59 - torch.arange(ids.shape[1]),
+    "a running sum of ones": lambda ids: torch.ones_like(ids).cumsum(1) - 1,
+    "a running sum of what is no padding": lambda ids: (ids != 1).long().cumsum(1) * (ids != 1) + 1,
+}
+
+
+class Counting(toys.SlicedTable):
+    """Positions of its own making."""
+
+    def __init__(self, count):
+        super().__init__()
+        torch.manual_seed(0)
+        self.count = count
+
+    def forward(self, ids):
+        where = self.count(ids).float().reshape(1, -1, 1)
+        x = self.words(ids) + torch.sin(where * 0.3)
+        heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+        return self.head(x + torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("how", COUNTS)
+def test_whatever_counts_tokens_becomes_positions(how):
+    model = Counting(COUNTS[how]).eval()
+    graph = after("make_positions_explicit", model).graph
+    ids = some_ids(12, 30) + 2
+    with torch.no_grad():
+        torch.testing.assert_close(logits(graph, ids), model(ids[None])[0], rtol=1e-5, atol=1e-5)
+        here, there = (graph(ids[None, :1], torch.tensor([[position]])) for position in (0, 7))
+    assert not torch.allclose(here, there, atol=1e-3), "a token alone knows its position"
+
+
+def test_positions_that_skip_padding_come_with_a_warning():
+    unit = after("make_positions_explicit", Counting(COUNTS["a running sum of what is no padding"]).eval())
+    assert unit.warnings == ("the model's positions skip token 1; a session counts it like any other token",)
+    assert after("make_positions_explicit", Counting(COUNTS["a running sum of ones"]).eval()).warnings == ()
+
+
+def test_positions_counted_from_the_end_are_refused():
+    text = refusal(lambda self, x: x + torch.arange(x.shape[1] - 1, -1, -1)[:, None])
+    assert re.match(r"make_positions_explicit: arange \(.*\): positions are not a \* position \+ b, one a token: i64\[s\] ", text)
     assert text.endswith("\n  Let the model take position_ids as its second argument.")
 
 
 @pytest.mark.parametrize("cut", [lambda table, n: table[:, 1 : n + 1], lambda table, n: table[:, -n:]])
 def test_another_cut_of_a_table_is_refused(cut):
     text = refusal(lambda self, x: x + cut(self.table, x.shape[1]))
-    assert text.startswith("make_positions_explicit: slice_1: the number of tokens decides where a table is cut: f32[1, s, 16] ")
+    assert re.match(r"make_positions_explicit: slice_1 \(.*\): the number of tokens decides where a table is cut: f32\[1, s, 16\] ", text)
     assert text.endswith("\n  Let the model take position_ids as its second argument.")
 
 
 def test_the_number_of_tokens_as_a_value_is_refused():
     text = refusal(lambda self, x: x * x.shape[1])
-    assert text.startswith("make_positions_explicit: mul: the number of tokens in the call is used as a value: f32[1, s, 16] ")
+    assert re.match(r"make_positions_explicit: mul \(.*\): the number of tokens in the call is used as a value: f32\[1, s, 16\] ", text)
     assert text.endswith("\n  A token's result may depend on its position, never on how many tokens stand beside it.")
 
 

@@ -51,7 +51,7 @@ def test_a_family_whose_tokens_look_ahead_is_refused_by_node() -> None:
     found = check_family("cpmant")
     assert found.status == "refused"
     assert found.front_end == "" and found.full_error is None
-    assert found.reason.startswith(("trace: ", "canonicalise_attention: "))
+    assert found.reason.startswith(("trace: ", "canonicalise_attention: ", "check_token_wise: "))
 
 
 def test_the_sample_covers_every_feature() -> None:

@@ -87,7 +87,9 @@ def test_heads_are_grouped_as_in_the_real_model(name: str, query_heads: int, kv_
 def test_a_key_that_is_rotated_in_a_part_keeps_its_own_head_dim() -> None:
     config = tiny_config("deepseek_v3", 2)
     assert config.head_dim == config.qk_rope_head_dim == 8
-    assert config.qk_head_dim == 16 and config.v_head_dim == 16
+    assert config.qk_head_dim == 24 and config.v_head_dim == 16
+    same = tiny_config("glm4_moe_lite", 2)
+    assert same.qk_head_dim == same.v_head_dim == 16, "as large as each other in the real model"
 
 
 def test_fields_of_single_layers_move_with_them_and_stay_in_proportion() -> None:

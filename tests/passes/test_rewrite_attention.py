@@ -1,0 +1,191 @@
+"""Front ends: however an attention is spelt, it becomes one `kvc.attend` node, or is refused by its node and reason."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import toys
+from torch import nn
+from units import after, logits, some_ids, traced
+
+from kvcompile.ir.errors import UnsupportedGraphError
+from kvcompile.passes.canonicalise_attention import CanonicaliseAttention
+
+HEADS, DIM = 4, 8
+
+
+class Attention(nn.Module):
+    """One attention of 4 query heads and `kv_heads` KV heads, computed by `attend(q, k, v)` on [1, heads, tokens, 8]."""
+
+    def __init__(self, attend, kv_heads: int = HEADS) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend, self.kv_heads = attend, kv_heads
+        self.words, self.head = nn.Embedding(32, HEADS * DIM), nn.Linear(HEADS * DIM, 32)
+        self.q, self.k, self.v = nn.Linear(HEADS * DIM, HEADS * DIM), *(nn.Linear(HEADS * DIM, kv_heads * DIM) for _ in range(2))
+        self.register_buffer("table", torch.tril(torch.ones(300, 300)).bool())
+
+    def forward(self, ids):
+        x = self.words(ids)
+        q, k, v = (part(x).unflatten(2, (heads, DIM)).transpose(1, 2) for part, heads in ((self.q, HEADS), (self.k, self.kv_heads), (self.v, self.kv_heads)))
+        return self.head(x + self.attend(self, q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+def _hidden(tokens):
+    return torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+
+
+def _by_hand(self, q, k, v):
+    return (q @ k.transpose(-1, -2) / 3.0).masked_fill(_hidden(q.shape[2]), -math.inf).softmax(-1) @ v
+
+
+def _added(self, q, k, v):
+    scores = torch.matmul(q * DIM**-0.5, k.transpose(2, 3))
+    return F.softmax(scores + torch.full(scores.shape[-2:], torch.finfo(scores.dtype).min).triu(1), dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _table(self, q, k, v):
+    scores = torch.where(self.table[: q.shape[2], : q.shape[2]], q @ k.transpose(-1, -2), -1e9)
+    return F.dropout((scores * 0.4).softmax(-1), 0.3, self.training) @ v
+
+
+def _folded(self, q, k, v):
+    q, k, v = (each.flatten(0, 1) for each in (q, k, v))
+    bias = torch.arange(q.shape[1]) * 2.0 ** -torch.arange(1, HEADS + 1)[:, None, None]
+    scores = torch.baddbmm(bias.expand(HEADS, 1, -1), q, k.transpose(1, 2), beta=1.0, alpha=0.5)
+    return (scores.masked_fill(_hidden(q.shape[1]), -1e9).softmax(-1) @ v)[None]
+
+
+def _capped(self, q, k, v):
+    scores = torch.tanh(q @ k.transpose(-1, -2) * 0.3 / 4.0) * 4.0
+    where = torch.arange(q.shape[2])
+    distance = where[:, None] - where
+    return scores.masked_fill((distance < 0) | (distance >= 5), -math.inf).softmax(-1) @ v
+
+
+def _chunked(self, q, k, v):
+    where = torch.arange(q.shape[2])
+    seen = (where <= where[:, None]) & (where // 6 == where[:, None] // 6)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.7)
+
+
+def _repeated(self, q, k, v):
+    k, v = (each[:, :, None].expand(-1, -1, HEADS // each.shape[1], -1, -1).reshape(1, HEADS, -1, DIM) for each in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _interleaved(self, q, k, v):
+    return _by_hand(self, q, k.repeat_interleave(HEADS // k.shape[1], 1), v.repeat_interleave(HEADS // v.shape[1], 1))
+
+
+def _einsum(self, q, k, v):
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * 0.2
+    return torch.einsum("bhij,bhjd->bhid", scores.masked_fill(_hidden(q.shape[2]), -math.inf).softmax(-1), v)
+
+
+def _float_mask(self, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(q.shape[2], q.shape[2]).masked_fill(_hidden(q.shape[2]), -math.inf))
+
+
+FORMS = {
+    "by hand": (_by_hand, 4, {"scale": 1 / 3}),
+    "a mask added, softmax in float32": (_added, 4, {"scale": 1.0}),
+    "a table as mask, a dropout": (_table, 4, {"scale": 0.4}),
+    "heads in the batch, ALiBi in baddbmm": (_folded, 4, {"scale": 0.5, "slopes": (0.5, 0.25, 0.125, 0.0625)}),
+    "a soft cap and a window": (_capped, 4, {"scale": 0.3, "soft_cap": 4.0, "sliding_window": 5}),
+    "sdpa under chunks": (_chunked, 4, {"scale": 0.7, "chunk_tokens": 6}),
+    "sdpa under a float mask": (_float_mask, 4, {"scale": DIM**-0.5}),
+    "KV heads expanded": (_repeated, 2, {"kv_heads": 2}),
+    "KV heads interleaved": (_interleaved, 2, {"kv_heads": 2, "scale": 1 / 3}),
+    "one KV head, broadcast": (_by_hand, 1, {"kv_heads": 1, "scale": 1 / 3}),
+    "einsum": (_einsum, 4, {"scale": 0.2}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_spelling_becomes_a_site(form):
+    attend, kv_heads, facts = FORMS[form]
+    model = Attention(attend, kv_heads).eval()
+    unit = after("canonicalise_attention", model)
+    (site,) = unit.sites
+    for name, value in facts.items():
+        assert getattr(site, name) == pytest.approx(value, rel=1e-6), name
+    for tokens in (1, 7, 50):
+        ids = some_ids(tokens, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(logits(unit.graph, ids), model(ids[None])[0], rtol=1e-5, atol=1e-5)
+
+
+def refusal(attend, kv_heads: int = HEADS) -> str:
+    with pytest.raises(UnsupportedGraphError) as caught:
+        CanonicaliseAttention().run(traced(Attention(attend, kv_heads).eval()))
+    return str(caught.value)
+
+
+def _content_mask(self, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(k[..., 0] > 0)[:, :, None] & ~_hidden(q.shape[2]))
+
+
+def _content_bias(self, q, k, v):
+    return ((q @ k.transpose(-1, -2)).masked_fill(_hidden(q.shape[2]), -math.inf) + v.sum(-1)[:, :, None]).softmax(-1) @ v
+
+
+def _twice(self, q, k, v):
+    weights = (q @ k.transpose(-1, -2)).masked_fill(_hidden(q.shape[2]), -math.inf).softmax(-1)
+    return weights @ v + weights @ (weights @ v)
+
+
+def _two_bounds(self, q, k, v):
+    where = torch.arange(q.shape[2])
+    distance = where[:, None] - where
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < 100) & (distance < 90))
+
+
+def _of_memory(self, q, k, v):
+    return F.scaled_dot_product_attention(q, self.words.weight[None, None, :5, :DIM], self.words.weight[None, None, :5, :DIM], is_causal=True)
+
+
+REFUSED = {
+    "without a causal mask": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "with dropout": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1),
+    "with a mask that depends on the tokens": _content_mask,
+    "mixes its scores with something else that depends on the tokens": _content_bias,
+    "has 3 uses": _twice,
+    "several constants bound what it sees": _two_bounds,
+    "holds other keys or values than the call's own tokens'": _of_memory,
+    "a query sees keys behind itself": lambda self, q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) @ v,
+    "it sees less than all of 300 earlier tokens": None,
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_not_understood_is_refused_by_its_node(why):
+    attend = REFUSED[why]
+    if attend is None:  # a window that only a table tells
+
+        def attend(self, q, k, v):
+            return _table(self, q, k, v)
+
+        model = Attention(attend).eval()
+        model.table &= ~torch.tril(torch.ones(300, 300), -200).bool()
+        with pytest.raises(UnsupportedGraphError) as caught:
+            CanonicaliseAttention().run(traced(model))
+        text = str(caught.value)
+    else:
+        text = refusal(attend)
+    assert text.startswith("canonicalise_attention: ")
+    assert "test_rewrite_attention.py:" in text.splitlines()[0], "the line of the model's own code"
+    assert why in text
+    assert text.endswith("\n  Recognised: softmax(scale * q @ k^T, capped, with ALiBi, under a causal, sliding or chunked mask) @ v.")
+
+
+def test_a_mask_of_one_length_is_refused_when_it_is_traced():
+    class Fixed(toys.Mixed):
+        def mix(self, x):
+            return ((x @ x.transpose(1, 2)) + torch.zeros(24, 24).masked_fill(_hidden(24), -math.inf)).softmax(-1) @ x
+
+    with pytest.raises(UnsupportedGraphError, match="it is fixed to one number of tokens"):
+        traced(Fixed().eval())
