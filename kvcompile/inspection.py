@@ -17,9 +17,8 @@ from kvcompile.report import Table
 
 _FRONT_ENDS = {
     "interface": "transformers' attention interface",
-    "sdpa": "transformers' own sdpa attention, recognised in the graph",
-    "eager": "transformers' own eager attention, recognised in the graph",
-    "plain": "the module as it stands, attention recognised in the graph",
+    "sdpa": "scaled_dot_product_attention, recognised in the graph",
+    "products": "matmul, softmax, matmul, recognised in the graph",
 }
 
 
@@ -60,7 +59,7 @@ class Inspection:
         """What stands below the table."""
         if self.refused:
             return ["refused:", *(str(problem) for problem in self.refused)]
-        found = [f"front end: {_FRONT_ENDS[self.front_end]}"]
+        found = [f"attention found in: {'; '.join(_FRONT_ENDS[each] for each in self.front_end.split(' and '))}"]
         times = ", ".join(f"{count}x" for count in self.segments)
         found.append(f"segments: {sum(self.segments)}, of which {len(self.segments)} are distinct ({times})")
         alike = Counter((channels, taps) for _, channels, taps in self.convolutions)

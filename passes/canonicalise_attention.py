@@ -31,7 +31,8 @@ class CanonicaliseAttention:
 
     def run(self, unit: Unit) -> Unit:
         graph = unit.graph.graph
-        rewrite_attention(graph)
+        found = {"interface"} if graph.find_nodes(op="call_function", target=ATTEND) else set()
+        found |= rewrite_attention(graph)
         sites = []
         for index, node in enumerate(graph.find_nodes(op="call_function", target=ATTEND)):
             node.update_arg(4, index)
@@ -51,7 +52,7 @@ class CanonicaliseAttention:
                 Problem(self.name, "the model has no attention.", "kvcompile compiles transformers; this graph has nothing for it to do.")
             )
         unit.graph.recompile()
-        return replace(unit, sites=tuple(sites))
+        return replace(unit, sites=tuple(sites), front_end=" and ".join(sorted(found)))
 
     def ensures(self, unit: Unit) -> None:
         nodes = unit.graph.graph.find_nodes(op="call_function", target=ATTEND)
@@ -61,7 +62,9 @@ class CanonicaliseAttention:
 
 def _describe(index: int, node: torch.fx.Node) -> AttentionSite:
     arguments: tuple[Any, ...] = node.args
-    query, key, value, sinks, _, scale, window, soft_cap, chunk_tokens, slopes, _ = (*arguments, *(0, (), None)[len(arguments) - 8 :])
+    query, key, value, sinks, _, scale, window, soft_cap = arguments[:8]
+    chunk_tokens = arguments[8] if len(arguments) > 8 else 0
+    slopes = arguments[9] if len(arguments) > 9 else ()
     shapes = [fake_value(tensor).shape for tensor in (query, key, value)]
     return AttentionSite(
         index=index,

@@ -32,10 +32,11 @@ _COPIES = frozenset({"to", "_to_copy", "type_as", "clone", "contiguous", "alias"
 _UNTAGGED_ELEMENTWISE = frozenset(
     {
         *("gelu", "silu", "softplus", "where", "clamp", "bitwise_not", "floor_divide", "one_hot", "float_power"),
+        *("multiply", "divide", "subtract"),
         *("polar", "complex", "view_as_complex", "view_as_real", "real", "imag"),
     }
 )
-_VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten"})
+_VIEWS = frozenset({"view", "reshape", "reshape_as", "view_as", "_unsafe_view", "flatten", "unflatten"})
 _MOVES = frozenset({"transpose", "permute", "unsqueeze", "squeeze", "expand", "expand_as", "t", "numpy_T", "movedim", "swapaxes"})
 _ALONG = frozenset(
     {
@@ -217,7 +218,7 @@ def _repeats_in_order(node: torch.fx.Node, copies: Copies) -> bool:
     value: Any = fake_value(source)
     (dim,) = token_dimensions(value)
     added = len(times) - value.dim()
-    at_tokens = times[added + dim]
+    at_tokens: Any = times[added + dim]
     if at_tokens == 1:
         return True
     if type(at_tokens) is not int or _elements_before(fake_value(node)) != 1:
@@ -233,7 +234,7 @@ def _fills_under_mask(node: torch.fx.Node) -> bool:
     if len(numbers) != 1 or not isinstance(numbers[0], torch.fx.Node):
         return False
     mask: Any = fake_value(numbers[0])
-    return mask.dtype == torch.bool and mask.shape == fake_value(source).shape and fake_value(value).numel() == 1
+    return bool(mask.dtype == torch.bool and mask.shape == fake_value(source).shape and fake_value(value).numel() == 1)
 
 
 def _picks_tokens(source: torch.fx.Node, numbers: list[Any]) -> bool:

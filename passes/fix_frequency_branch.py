@@ -9,13 +9,21 @@ session, or of this part: a long session would change a short one's logits, and 
 1. Only a maximum over positions that does nothing but choose (compared, after constants were added) is fixed, to the last
    position of the declared context.  Any other is left to the token-wise check, which refuses it.
 2. Without a declared context there is nothing to choose by, and the model is refused.
+
+The choice is in the graph only if it was written as above.  `frequencies_chosen_in_the_graph` writes it so for models whose own code
+branches.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import CellType
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
 from kvcompile.ir.evaluate import opname
@@ -90,6 +98,60 @@ def _only_chooses(node: torch.fx.Node) -> bool:
         for user in node.users
         if user.op == "call_function"
     )
+
+
+@contextlib.contextmanager
+def frequencies_chosen_in_the_graph(model: nn.Module) -> Iterator[None]:
+    """While open, a transformers model chooses LongRoPE's frequencies by `torch.where`; afterwards its buffers are what they were.
+
+    Until 5.17 transformers branches in Python on the largest position, which torch.export cannot trace; newer ones write `where`
+    themselves and are left alone.  Without LongRoPE nothing changes.
+    Source: transformers.modeling_rope_utils.dynamic_rope_update, which wraps the forward of each rotary module.
+    """
+    with contextlib.ExitStack() as undo:
+        for module in model.modules():
+            update = _frequency_update(type(module).forward) if _has_longrope(module) else None
+            if update is None:
+                continue
+            if "where" not in update.cell_contents.__code__.co_names:
+                undo.callback(setattr, update, "cell_contents", update.cell_contents)
+                update.cell_contents = _choose_frequencies
+            if update.cell_contents is _choose_frequencies:
+                buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+                undo.callback(module._buffers.update, buffers)
+                # after a short call the chosen frequencies and the short ones are one tensor: one of them is written to
+                module._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
+        yield
+
+
+def _has_longrope(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)  # a text, or one for each kind of layer
+    return "longrope" in (kinds.values() if isinstance(kinds, dict) else (kinds,))
+
+
+def _frequency_update(forward: Callable[..., Any] | None) -> CellType | None:
+    """Where `forward`, or what it wraps, holds the function that chooses LongRoPE's frequencies; None if it holds none."""
+    while forward is not None:
+        cells: tuple[CellType, ...] = getattr(forward, "__closure__", None) or ()
+        names = forward.__code__.co_freevars if cells else ()
+        if "longrope_frequency_update" in names:
+            return cells[names.index("longrope_frequency_update")]
+        forward = getattr(forward, "__wrapped__", None)
+    return None
+
+
+def _choose_frequencies(module: Any, position_ids: Tensor, device: torch.device, layer_type: str | None = None) -> None:
+    """The function of newer versions: both sets are made, and the largest position chooses one for all tokens."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    tokens = torch.max(position_ids) + 1
+    parameters, prefix = module.config.rope_parameters, ""
+    if layer_type is not None:
+        parameters, prefix = parameters[layer_type], f"{layer_type}_"
+    trained = parameters["original_max_position_embeddings"]
+    long, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, device, seq_len=trained + 1, layer_type=layer_type)
+    short = getattr(module, f"{prefix}original_inv_freq").to(device)
+    getattr(module, f"{prefix}inv_freq").copy_(torch.where(tokens > trained, long, short))
 
 
 def refuse_dynamic_frequencies(configuration: object) -> None:

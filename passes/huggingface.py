@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
+from kvcompile.passes.fix_frequency_branch import frequencies_chosen_in_the_graph
 
 NAME = "kvcompile"
 # what a packed batch adds: traced graphs hold one sequence, sessions keep theirs apart
@@ -105,7 +106,7 @@ def _leaf_masks(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 class MaskRecorder:
     """Stands for transformers' mask factory: makes a marker that tells each attention its window.
 
-    Refuses every mask that is not causal or sliding, by the name transformers gives it.  Keeps the windows it gave out, so
+    Refuses every mask that is not causal, sliding or chunked, by the name transformers gives it.  Keeps the windows it gave out, so
     that `trace` can see that each reached a site.
     """
 
@@ -134,7 +135,7 @@ class MaskRecorder:
                 chunk = _chunk_of(leaf)
                 self.windows.add(chunk)
             elif kind not in _KNOWN_MASKS:
-                raise _refuse(f"the model's attention mask uses {kind}.", "Built: causal and sliding-window masks.")
+                raise _refuse(f"the model's attention mask uses {kind}.", "Built: causal, sliding-window and chunked masks.")
         return _marker(window, chunk)
 
 
@@ -170,7 +171,7 @@ def own_attention(model: torch.nn.Module, implementation: str) -> Iterator[None]
     except (ValueError, ImportError) as error:
         raise _refuse(f"{type(model).__name__} has no {implementation} attention.", "") from error
     try:
-        with _batched_experts(model), _without_cache(config):
+        with _batched_experts(model), _without_cache(config), frequencies_chosen_in_the_graph(model):
             yield
     finally:
         set_implementation(before)
@@ -179,7 +180,7 @@ def own_attention(model: torch.nn.Module, implementation: str) -> Iterator[None]
 @contextlib.contextmanager
 def _without_cache(config: Any) -> Iterator[None]:
     """A forward that hides `use_cache` among its keywords asks its configuration."""
-    parts = [part for part in (config, getattr(config, "text_config", None)) if hasattr(part, "use_cache")]
+    parts: list[Any] = [part for part in (config, getattr(config, "text_config", None)) if hasattr(part, "use_cache")]
     before = [part.use_cache for part in parts]
     for part in parts:
         part.use_cache = False

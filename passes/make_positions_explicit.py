@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
-from kvcompile.ir.evaluate import ancestors, content_nodes, evaluate_nodes
-from kvcompile.ir.graphs import depends_only_on, evaluate
+from kvcompile.ir.evaluate import FakeConstantError, ancestors, content_nodes, evaluate_nodes
 from kvcompile.ir.show import node_text
 from kvcompile.ir.tokens import fake_value, is_size, place_of, token_dimensions
 from kvcompile.ir.unit import Unit
@@ -49,6 +48,8 @@ _SHAPING = frozenset(
 )
 
 # operators that are shaped and filled: where the argument stands that is a value
+_NO_PADDING = 1 << 40  # a token id that no model compares with
+
 _FILL = {_aten.full.default: 1, _aten.new_full.default: 2}
 
 
@@ -73,7 +74,7 @@ class MakePositionsExplicit:
         for node in graph.nodes:
             _refuse_size_as_value(self.name, node)
         unit.graph.recompile()
-        return replace(unit, position_rows=_position_rows(graph, position_ids), warnings=tuple(dict.fromkeys(warnings)))
+        return replace(unit, position_rows=_position_rows(graph, input_ids, position_ids), warnings=tuple(dict.fromkeys(warnings)))
 
     def ensures(self, unit: Unit) -> None:
         for target in _ARANGE:
@@ -175,19 +176,30 @@ def _refuse_size_as_value(pass_name: str, node: torch.fx.Node) -> None:
         )
 
 
-def _position_rows(graph: torch.fx.Graph, position_ids: torch.fx.Node) -> int | None:
+def _position_rows(graph: torch.fx.Graph, input_ids: torch.fx.Node, position_ids: torch.fx.Node) -> int | None:
     """Positions that every table has a row for; None when positions are only computed with, never looked up."""
     bounds = []
     for table_rows, index in _look_ups(graph):
-        if isinstance(index, torch.fx.Node) and depends_only_on(index, position_ids):
-            bounds.append(_positions_within(index, position_ids, table_rows))
-    return min(bounds, default=None)
+        if isinstance(index, torch.fx.Node) and _counts(index, position_ids):
+            bounds.append(_positions_within(index, input_ids, position_ids, table_rows))
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _counts(index: torch.fx.Node, position_ids: torch.fx.Node) -> bool:
+    """Whether an index is computed from positions in whole numbers; an expert's number comes through the whole model."""
+    cone = ancestors([index], ())
+    return position_ids in cone and not any(
+        isinstance(value := fake_value(node), torch.Tensor) and (value.is_floating_point() or value.is_complex()) for node in cone
+    )
 
 
 def _look_ups(graph: torch.fx.Graph) -> Iterator[tuple[int, Any]]:
     """(rows, index) of every table look-up."""
     for node in graph.find_nodes(op="call_function", target=_aten.embedding.default):
         yield int(fake_value(node.args[0]).shape[0]), node.args[1]
+    for node in graph.find_nodes(op="call_function", target=_aten.gather.default):
+        if not token_dimensions(fake_value(node.args[0])):
+            yield int(fake_value(node.args[0]).shape[node.args[1]]), node.args[2]
     for node in graph.find_nodes(op="call_function", target=_aten.index_select.default):
         if not token_dimensions(fake_value(node.args[0])):
             yield int(fake_value(node.args[0]).shape[node.args[1]]), node.args[2]
@@ -197,10 +209,15 @@ def _look_ups(graph: torch.fx.Graph) -> Iterator[tuple[int, Any]]:
                 yield int(fake_value(node.args[0]).shape[dimension]), index
 
 
-def _positions_within(index: torch.fx.Node, position_ids: torch.fx.Node, rows: int) -> int:
-    """How many positions, from 0, have a row: a model that looks up position + 2 has 2 rows less than its table."""
-    found = evaluate(index, {position_ids: torch.arange(rows + 1)[None]})
-    if found is None:
-        return rows
+def _positions_within(index: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node, rows: int) -> int | None:
+    """How many positions, from 0, have a row: a model that looks up position + 2 has 2 rows less than its table.
+
+    None where the row that is looked up does not grow with the position.
+    """
+    known = {position_ids: torch.arange(rows + 1)[None], input_ids: torch.full((1, rows + 1), _NO_PADDING)}
+    try:
+        (found,) = evaluate_nodes([index], known)
+    except FakeConstantError:
+        return None
     outside = ((found < 0) | (found >= rows)).flatten().nonzero()
-    return int(outside[0]) if len(outside) else rows
+    return int(outside[0]) if len(outside) else None

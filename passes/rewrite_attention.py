@@ -36,6 +36,7 @@ _PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
 _LAYOUT = frozenset(
     {
         *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand", "unsqueeze", "squeeze", "transpose", "permute", "t"),
+        *("reshape_as", "view_as"),
         *("clone", "contiguous", "repeat", "repeat_interleave", "alias", "detach", "expand_as", "movedim", "swapaxes"),
     }
 )
@@ -55,8 +56,8 @@ class _Weigh(Protocol):
     def __call__(self, scores_HST: Tensor, arguments: Arguments | None = None) -> Tensor: ...
 
 
-def rewrite_attention(graph: torch.fx.Graph) -> None:
-    """Turns every attention that is spelt out in `graph` into a `kvc.attend` node.
+def rewrite_attention(graph: torch.fx.Graph) -> set[str]:
+    """Turns every attention that is spelt out in `graph` into a `kvc.attend` node; returns how they were: "sdpa", "products".
 
     Raises UnsupportedGraphError naming the first one that is not understood; FakeConstantError where a mask is a table whose
     numbers are not loaded.
@@ -66,14 +67,18 @@ def rewrite_attention(graph: torch.fx.Graph) -> None:
     input_ids, position_ids = graph.find_nodes(op="placeholder")
     content = content_nodes(graph, input_ids)
     inputs = _Inputs(input_ids, position_ids)
+    spelt: set[str] = set()
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is _SDPA:
             _rewrite(graph, _read_sdpa(node, inputs, content))
+            spelt.add("sdpa")
         elif node.target in _SOFTMAX and len(token_dimensions(fake_value(node))) > 1 and node.users:
             _rewrite(graph, _read_products(node, inputs, content))
+            spelt.add("products")
     graph.eliminate_dead_code()
+    return spelt
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,8 @@ def _split_einsum(graph: torch.fx.Graph) -> None:
         batch = [letter for letter in left if letter in right and letter in out]
         summed = [letter for letter in left if letter in right and letter not in out]
         own = [[letter for letter in one if letter not in other] for one, other in ((left, right), (right, left))]
-        sizes = [len(group) for group in (summed, *own)]
-        if sizes != [1, 1, 1] or any(letter not in out for letter in (*own[0], *own[1])) or len(set(left)) + len(set(right)) != len(left + right):
+        one_each = [len(group) for group in (summed, *own)] == [1, 1, 1] and {*own[0], *own[1]} <= set(out)
+        if not one_each or len({*left}) + len({*right}) != len(left + right):
             continue
         with graph.inserting_before(node):
             first = _call(graph, _aten.permute.default, operands[0], [left.index(letter) for letter in (*batch, *own[0], *summed)])
@@ -182,6 +187,7 @@ def _read_sdpa(node: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]
         tokens = scores_HST.shape[-1]
         if given.get("is_causal", False):
             return logits.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+        assert mask is not None
         (mask_value,) = evaluate_nodes([mask], inputs.at(tokens), compute=torch.float64, arguments=arguments)
         mask_value = mask_value.expand(*lead, tokens, tokens).reshape(-1, tokens, tokens)
         logits = logits.masked_fill(~mask_value, -math.inf) if mask_value.dtype == torch.bool else logits + mask_value

@@ -16,11 +16,13 @@ from units import some_ids
 import kvcompile
 from kvcompile import verify
 from kvcompile.compiler import make_plan
+from kvcompile.diagnose import soft_caps_applied
 from kvcompile.ir.errors import CapacityError, SpecError, TargetError, UnsupportedGraphError, VerificationError
 from kvcompile.models.opened import OpenedModel
 from kvcompile.passes import huggingface
 from kvcompile.runtime.model import PackedCall
 from kvcompile.runtime.program import Program
+from kvcompile.transformers_cache import attention_sites
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]  # every test traces and verifies a model
 
@@ -59,6 +61,24 @@ def test_every_toy_is_the_same_decoder_as_its_module(name):
     for place in range(30, 40):
         logits = session.step(int(ids[place]))
     torch.testing.assert_close(logits, verify.original_logits(model, ids)[-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("soft_cap", "runs"), [(5.0, "eager"), (None, "sdpa")])
+def test_a_model_with_soft_caps_is_compared_with_attention_that_applies_them(soft_cap, runs):
+    """transformers 5.17 runs such models on "sdpa", which leaves the cap out; newer ones refuse to."""
+    model = toys.llama(layers=1)
+    sites = [replace(site, soft_cap=soft_cap) for site in attention_sites(model)]
+    with soft_caps_applied(model, sites):
+        assert model.config._attn_implementation == runs
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_with_soft_caps_compiles_as_transformers_builds_it():
+    model = toys.gemma2()
+    chosen = type(model)(model.config.__class__(**model.config.to_dict()))
+    chosen.load_state_dict(model.state_dict())
+    proved = kvcompile.compile(chosen.eval(), spec=SPEC).verification
+    assert proved.full.max_logit_difference < 1e-4
 
 
 def test_a_module_that_takes_positions():

@@ -82,27 +82,6 @@ def depends_only_on(node: Any, source: torch.fx.Node) -> bool:
     return found
 
 
-def evaluate(node: torch.fx.Node, known: dict[torch.fx.Node, torch.Tensor]) -> torch.Tensor | None:
-    """What a node computes from `known` nodes; None when it needs a weight or an input that is not known."""
-
-    def value(argument: Any) -> Any:
-        if not isinstance(argument, torch.fx.Node):
-            return argument
-        if argument not in known:
-            if argument.op != "call_function":
-                raise LookupError(argument.name)
-            arguments = torch.fx.node.map_aggregate(argument.args, value)
-            keywords = torch.fx.node.map_aggregate(argument.kwargs, value)
-            known[argument] = argument.target(*arguments, **keywords)  # type: ignore[operator]
-        return known[argument]
-
-    try:
-        result: torch.Tensor = value(node)
-    except LookupError:
-        return None
-    return result
-
-
 def write_graphml(module: torch.fx.GraphModule, path: Path) -> None:
     """The graph for Gephi, yEd or networkx itself."""
     nx.write_graphml(to_networkx(module.graph), path)

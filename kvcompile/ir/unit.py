@@ -24,7 +24,8 @@ class Unit:
     context_tokens: tokens that the model's configuration declares, or None.
     frequency_tokens: the context for which `fix_frequency_branch` chose rotary frequencies, or None: nothing was to choose.
     position_rows: rows of a table that positions index, a bound that no session may pass; from `make_positions_explicit`.
-    front_end: how the model was traced, one of passes/trace.py's.
+    front_end: where its attentions were found: "interface" (transformers' attention interface), "sdpa", "products" (matmul,
+               softmax, matmul), or several; from `canonicalise_attention`.
     warnings:  sentences for the user.
     """
 

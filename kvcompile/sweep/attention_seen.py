@@ -1,7 +1,8 @@
 """Whether a running model attends, seen at its operators: what its modules are called proves nothing.
 
-1. An attention is a fused one of torch, or a softmax over at least `_PLACES` places whose weights multiply a product of their
-   own: moving, cutting and casting the weights changes nothing.  A router's weights go to a few experts only.
+1. An attention is a fused one of torch over at least `_PLACES` keys, or a softmax over as many places whose weights multiply a
+   product of their own: moving, cutting and casting the weights changes nothing.  A router's weights go to a few experts, those
+   of a residual stream to a few layers.  exp(x - logsumexp(x)) is a softmax too.
 2. With every attention's result replaced by zeros, a token that still changes a later one's logits goes through another mixer:
    a convolution, a recurrence.
 """
@@ -35,30 +36,44 @@ class AttentionWatch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = 0
         self._silence = silence
-        self._weights: list[Tensor] = []  # kept alive, so that an id stays one tensor's
-        self._ids: set[int] = set()
+        self._kept: list[Tensor] = []  # alive, so that an id stays one tensor's
+        self._weights: set[int] = set()  # ids: of softmax weights, of log-sum-exps, of what those were taken from
+        self._sums: set[int] = set()
+        self._shifted: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
         out = func(*args, **(kwargs or {}))
         tensors = [item for item in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
         if _FUSED in name:
-            return self._attended(out)
+            return self._attended(out) if args[1].shape[-2] >= _PLACES else out
         if name in _SOFTMAX:
-            if out.shape[args[1]] >= _PLACES and out.dim() >= 2:
-                self._mark(out)
+            if out.shape[args[1]] >= _PLACES:
+                self._mark(out, self._weights)
+        elif name == "logsumexp":
+            if args[0].shape[args[1][0]] >= _PLACES:
+                self._mark(out, self._sums)
+        elif name == "sub" and self._any(tensors, self._sums):
+            self._mark(out, self._shifted)
+        elif name == "exp" and self._any(tensors, self._shifted):
+            self._mark(out, self._weights)
         elif name in _PRODUCTS:
-            if any(id(tensor) in self._ids for tensor in tensors) and not any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors):
+            if self._any(tensors, self._weights) and not any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors):
                 return self._attended(out)
-        elif name in _MOVES and any(id(tensor) in self._ids for tensor in tensors):
-            for item in torch.utils._pytree.tree_leaves(out):
-                if isinstance(item, Tensor):
-                    self._mark(item)
+        elif name in _MOVES:
+            for marks in (self._weights, self._sums, self._shifted):
+                if self._any(tensors, marks):
+                    for item in torch.utils._pytree.tree_leaves(out):
+                        self._mark(item, marks)
         return out
 
-    def _mark(self, weights: Tensor) -> None:
-        self._weights.append(weights)
-        self._ids.add(id(weights))
+    def _any(self, tensors: list[Tensor], marks: set[int]) -> bool:
+        return any(id(tensor) in marks for tensor in tensors)
+
+    def _mark(self, item: Any, marks: set[int]) -> None:
+        if isinstance(item, Tensor):
+            self._kept.append(item)
+            marks.add(id(item))
 
     def _attended(self, out: Any) -> Any:
         self.seen += 1

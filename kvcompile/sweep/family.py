@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kvcompile.ir.errors import KvcompileError, VerificationError
 from kvcompile.ir.policy import All, SinkRecent
-from kvcompile.passes.trace import front_ends
+from kvcompile.ir.unit import Unit
 from kvcompile.sweep.attention_seen import attends, mixes_otherwise
 from kvcompile.sweep.oracle import Oracle
 from kvcompile.sweep.tiny import TinyModel, build_tiny
@@ -104,6 +104,8 @@ def one_line(error: BaseException) -> str:
 
 
 def _check(model_type: str, found: dict[str, Any]) -> tuple[Status, str]:
+    import kvcompile
+
     ids = _ids()
     try:
         tiny = build_tiny(model_type)
@@ -117,8 +119,10 @@ def _check(model_type: str, found: dict[str, Any]) -> tuple[Status, str]:
     if not attends(original, ids[None]):
         return "no_attention", "nothing in its eager run is a softmax over tokens"
     found["other_mixer"] = mixes_otherwise(original, ids[None])
-    compiled, found["front_end"] = _compiled(tiny.model)
-    oracle = Oracle(_sited_graph(tiny.model), STREAMING)
+    compiled = kvcompile.compile(tiny.model, spec=SPEC)
+    sited = _sited(tiny.model)
+    found["front_end"] = sited.front_end
+    oracle = Oracle(sited.graph, STREAMING)
     found["sites"] = len(compiled.plan.sites)
     found["features"] = features(compiled, tiny, oracle.rotated_share(ids))
     full = _incremental_logits(compiled.with_plan(full_plan(compiled.plan)), ids)
@@ -128,7 +132,7 @@ def _check(model_type: str, found: dict[str, Any]) -> tuple[Status, str]:
     tolerance = TOLERANCE * min(1.0, float(expected.std()))
     if worst <= tolerance:
         return "works", ""
-    found["noise"] = _distance(expected, Oracle(_sited_graph(tiny.model), All()).logits(ids))
+    found["noise"] = _distance(expected, Oracle(sited.graph, All()).logits(ids))
     if worst <= found["noise"]:
         return "works", f"its own float32 is {found['noise']:.1e} from its float64"
     which = "full" if found["full_error"] > max(tolerance, found["noise"]) else "streaming"
@@ -152,20 +156,11 @@ def eager_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def _compiled(model: nn.Module) -> tuple[CompiledModel, str]:
-    """The model compiled as `SPEC` says, and the front end that served it."""
-    import kvcompile
-
-    lines: list[str] = []
-    compiled = kvcompile.compile(model, spec=SPEC, progress=lines.append)
-    tries = sum(line.startswith("tracing") for line in lines)
-    return compiled, front_ends(model)[tries - 1]
-
-
-def _sited_graph(model: nn.Module) -> torch.fx.GraphModule:
+def _sited(model: nn.Module) -> Unit:
+    """The model's graph with its sites, as `Oracle` takes it."""
     from kvcompile.compiler import run_passes
 
-    return run_passes(SPEC, module=model, stop_after="check_token_wise").graph
+    return run_passes(SPEC, module=model, stop_after="check_token_wise").unit
 
 
 def _incremental_logits(compiled: CompiledModel, ids: Tensor) -> Tensor:

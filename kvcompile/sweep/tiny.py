@@ -185,7 +185,7 @@ def _config(model_type: str, fields: dict[str, Any]) -> Any:
 
 def _causal(config_class: Any) -> dict[str, Any]:
     """Encoders that can be causal are so when they are told."""
-    return {"is_decoder": True} if "is_decoder" in config_class.default_config_fields() else {}
+    return {"is_decoder": True} if hasattr(config_class, "is_decoder") else {}
 
 
 def _overridden(model_type: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,8 @@ def test_a_gguf_is_dequantised_once_and_rounds_the_same_in_both_dtypes(tmp_path:
         raise AssertionError("the GGUF was parsed again")
 
     monkeypatch.setattr("gguf.GGUFReader", never)
-    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", never)
+    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")  # no attribute of 5.17's package
+    monkeypatch.setattr(reader, "load_gguf_checkpoint", never)
     narrow_model = open_model(ModelSource(SMOLLM2, "bfloat16"), lines.append)
     narrow = narrow_model.load()
     assert narrow_model.config.num_hidden_layers == 30

@@ -11,6 +11,7 @@ from kvcompile.ir.errors import UnsupportedGraphError
 from kvcompile.ir.show import difference
 from kvcompile.passes.canonicalise_attention import CanonicaliseAttention
 
+
 def test_sdpa_becomes_a_numbered_site(golden):
     golden("canonicalise_attention", difference(*texts("canonicalise_attention", toys.nanogpt(layers=1))))
 

@@ -96,11 +96,22 @@ def test_a_padded_batch_is_refused():
 
 
 def test_another_kind_of_mask_is_refused_by_its_name():
-    from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay
+    from transformers.masking_utils import and_masks, bidirectional_mask_function, causal_mask_function
 
     with pytest.raises(UnsupportedGraphError) as caught:
-        MaskRecorder()(mask_function=and_masks(chunked_overlay(4, torch.zeros(1, dtype=torch.int64)), causal_mask_function))
-    assert str(caught.value) == "trace: the model's attention mask uses chunked_overlay.\n  Built: causal and sliding-window masks."
+        MaskRecorder()(mask_function=and_masks(bidirectional_mask_function, causal_mask_function))
+    assert str(caught.value) == (
+        "trace: the model's attention mask uses bidirectional_mask_function.\n  Built: causal, sliding-window and chunked masks."
+    )
+
+
+def test_chunks_of_masks_are_recorded_and_marked():
+    from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay
+
+    recorder = MaskRecorder()
+    marker = recorder(mask_function=and_masks(chunked_overlay(4, torch.zeros(1, dtype=torch.int64)), causal_mask_function))
+    assert recorder.windows == {4}
+    assert marker.shape == (1, 5, 1, 0)
 
 
 def test_windows_of_sliding_masks_are_recorded():

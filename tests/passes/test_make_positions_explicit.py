@@ -77,7 +77,8 @@ class Counting(toys.SlicedTable):
         where = self.count(ids).float().reshape(1, -1, 1)
         x = self.words(ids) + torch.sin(where * 0.3)
         heads = x.unflatten(2, (2, -1)).transpose(1, 2)
-        return self.head(x + torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2))
+        attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return self.head(x + attended.transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("how", COUNTS)

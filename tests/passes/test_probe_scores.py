@@ -38,7 +38,9 @@ def test_how_it_is_written_does_not_matter():
         where = torch.arange(tokens)
         bias = torch.tensor([0.5, 0.125], dtype=torch.float64)[:, None, None] * where
         hidden = torch.where(where[None] > where[:, None], -1e9, 0.0).double()
-        return ((scores + bias / 0.25 + hidden) / 4.0).exp().nan_to_num() / ((scores + bias / 0.25 + hidden) / 4.0).exp().sum(-1, keepdim=True)
+        return ((scores + bias / 0.25 + hidden) / 4.0).exp().nan_to_num() / ((scores + bias / 0.25 + hidden) / 4.0).exp().sum(
+            -1, keepdim=True
+        )
 
     assert probe_scores(weigh, heads=2).equals(replace(PLAIN, slopes=(0.5, 0.125)))
 
@@ -97,7 +99,7 @@ def test_what_is_no_such_attention_is_refused_in_words(weigh, why):
 
 
 def test_facts_that_do_not_reproduce_the_function_are_not_believed():
-    with pytest.raises(UnknownScores, match="differs from it by .* on random scores"):
+    with pytest.raises(UnknownScores, match=r"differs from it by .* on random scores"):
         probe_scores(_gated, heads=2)
 
 

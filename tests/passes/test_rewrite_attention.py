@@ -30,7 +30,10 @@ class Attention(nn.Module):
 
     def forward(self, ids):
         x = self.words(ids)
-        q, k, v = (part(x).unflatten(2, (heads, DIM)).transpose(1, 2) for part, heads in ((self.q, HEADS), (self.k, self.kv_heads), (self.v, self.kv_heads)))
+        q, k, v = (
+            part(x).unflatten(2, (heads, DIM)).transpose(1, 2)
+            for part, heads in ((self.q, HEADS), (self.k, self.kv_heads), (self.v, self.kv_heads))
+        )
         return self.head(x + self.attend(self, q, k, v).transpose(1, 2).reshape(x.shape))
 
 
@@ -44,7 +47,10 @@ def _by_hand(self, q, k, v):
 
 def _added(self, q, k, v):
     scores = torch.matmul(q * DIM**-0.5, k.transpose(2, 3))
-    return F.softmax(scores + torch.full(scores.shape[-2:], torch.finfo(scores.dtype).min).triu(1), dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    return (
+        F.softmax(scores + torch.full(scores.shape[-2:], torch.finfo(scores.dtype).min).triu(1), dim=-1, dtype=torch.float32).to(q.dtype)
+        @ v
+    )
 
 
 def _table(self, q, k, v):
@@ -87,7 +93,9 @@ def _einsum(self, q, k, v):
 
 
 def _float_mask(self, q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(q.shape[2], q.shape[2]).masked_fill(_hidden(q.shape[2]), -math.inf))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.zeros(q.shape[2], q.shape[2]).masked_fill(_hidden(q.shape[2]), -math.inf)
+    )
 
 
 FORMS = {
@@ -145,7 +153,9 @@ def _two_bounds(self, q, k, v):
 
 
 def _of_memory(self, q, k, v):
-    return F.scaled_dot_product_attention(q, self.words.weight[None, None, :5, :DIM], self.words.weight[None, None, :5, :DIM], is_causal=True)
+    return F.scaled_dot_product_attention(
+        q, self.words.weight[None, None, :5, :DIM], self.words.weight[None, None, :5, :DIM], is_causal=True
+    )
 
 
 REFUSED = {

@@ -28,6 +28,18 @@ def _fused(ids: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0]
 
 
+def _by_log_sum_exp(ids: Tensor) -> Tensor:
+    x = TABLE[ids]
+    scores = (x @ x.transpose(1, 2)).tril()
+    return x + torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True)) @ x
+
+
+def _decaying(ids: Tensor) -> Tensor:
+    """A recurrence as a product with exponentials: no softmax."""
+    distance = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])
+    return torch.exp(-distance.float()).tril() @ TABLE[ids]
+
+
 def _router(ids: Tensor) -> Tensor:
     x = TABLE[ids]
     weights = torch.softmax(x[..., :4], -1)
@@ -38,9 +50,22 @@ def _running_mean(ids: Tensor) -> Tensor:
     return TABLE[ids].cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]
 
 
-@pytest.mark.parametrize(("model", "expected"), [(_spelt_out, True), (_fused, True), (_router, False), (_running_mean, False)])
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [(_spelt_out, True), (_fused, True), (_by_log_sum_exp, True), (_decaying, False), (_router, False), (_running_mean, False)],
+)
 def test_an_attention_is_a_softmax_over_tokens_that_weighs_them(model: Logits, expected: bool) -> None:
     assert attends(model, IDS) is expected
+
+
+def test_an_attention_over_a_few_layers_is_none_over_tokens() -> None:
+    """Hidden states of earlier layers, weighed for each token."""
+
+    def model(ids: Tensor) -> Tensor:
+        layers = torch.stack([TABLE[ids][0], TABLE[ids][0].flip(-1)], 1)[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(layers[:, :, :1], layers, layers)[None, :, 0, 0]
+
+    assert not attends(model, IDS)
 
 
 def test_a_softmax_over_the_vocabulary_is_no_attention() -> None:

@@ -13,6 +13,7 @@ WORKS: dict[str, set[str]] = {
     "bloom": {"ALiBi"},  # in baddbmm's first operand
     "codegen": {"partial rotary"},  # ignores the attention interface
     "cohere2": {"window", "NoPE"},
+    "deepseek_v3": {"MLA", "partial rotary", "MoE"},
     "diffllama": set(),  # two attentions a layer
     "falcon": {"MQA"},
     "gemma2": {"GQA", "window", "soft cap"},
@@ -32,9 +33,9 @@ WORKS: dict[str, set[str]] = {
     "qwen3_moe": {"GQA", "MoE"},
     "roberta": set(),  # positions from the padding token
     "smollm3": {"GQA", "NoPE"},
-    "xglm": set(),  # sinusoidal positions
 }
-FEATURES = {"MQA", "GQA", "window", "chunks", "ALiBi", "soft cap", "learnt sinks", "partial rotary", "NoPE", "MoE", "convolution"}
+FRONT_ENDS = {"bart": "sdpa"}  # the others: the attention interface, or what is spelt out beside it
+FEATURES = {"MLA", "MQA", "GQA", "window", "chunks", "ALiBi", "soft cap", "learnt sinks", "partial rotary", "NoPE", "MoE", "convolution"}
 
 
 @pytest.mark.slow
@@ -43,6 +44,7 @@ def test_the_family_works(name: str) -> None:
     found = check_family(name)
     assert (found.status, found.reason) == ("works", "")
     assert set(found.features) == WORKS[name]
+    assert found.front_end == FRONT_ENDS.get(name, "interface")
     assert found.lost == ()
 
 
