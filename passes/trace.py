@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
@@ -21,8 +22,8 @@ from torch.fx.graph import CodeGen
 
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
-from kvcompile.ir.evaluate import content_nodes
-from kvcompile.ir.tokens import fixed_tokens, place_of
+from kvcompile.ir.evaluate import content_nodes, opname
+from kvcompile.ir.tokens import fake_value, fixed_tokens, place_of, token_dimensions
 from kvcompile.passes import huggingface
 from kvcompile.passes.check_token_wise import Copies, token_mixing, why_mixes
 from kvcompile.passes.fix_frequency_branch import refuse_dynamic_frequencies
@@ -172,13 +173,14 @@ def _export(call: nn.Module) -> ExportedProgram:
 
         def export(tokens: Any, deferred: bool) -> ExportedProgram:
             shapes = {"input_ids": {1: tokens}, "position_ids": {1: tokens}}
-            return torch.export.export(
-                call,
-                (input_ids, position_ids),
-                dynamic_shapes=shapes,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=deferred,
-            )
+            with contextlib.redirect_stderr(io.StringIO()):  # it prints the whole graph when it fails; the error says what is needed
+                return torch.export.export(
+                    call,
+                    (input_ids, position_ids),
+                    dynamic_shapes=shapes,
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=deferred,
+                )
 
         first: Exception | None = None
         for tokens, deferred in (
@@ -220,8 +222,14 @@ def _mixers_of_fixed_length(call: nn.Module, device: torch.device) -> list[Probl
     content = content_nodes(graph, input_ids)
     copies: Copies = {}
     with fixed_tokens(_FIXED_TOKENS):
-        found = ((node, why_mixes(node, copies)) for node in graph.nodes if node in content)
+        found = ((node, why_mixes(node, copies)) for node in graph.nodes if node in content and not _attends(node))
         return [token_mixing(node, why) for node, why in found if why][:1]
+
+
+def _attends(node: torch.fx.Node) -> bool:
+    """Whether a node belongs to an attention as any front end would find it: pairs of tokens, or their softmax and sdpa."""
+    pairs = [each for each in (node, *node.all_input_nodes) if len(token_dimensions(fake_value(each))) > 1]
+    return bool(pairs) or opname(node) in ("scaled_dot_product_attention", "softmax", "_softmax")
 
 
 def _mutates(node: torch.fx.Node) -> bool:

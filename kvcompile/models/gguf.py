@@ -88,8 +88,20 @@ def _convert(file: Path, folder: Path, where: str) -> None:
     for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
         if name in vars(holder):
             delattr(holder, name)
+    _name_special_tokens(tokenizer, model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _name_special_tokens(tokenizer: Any, config: Any) -> None:
+    """First, last and padding token are those of the file's header, which `config` has from it.
+
+    transformers 5.17 makes the first token the last one too, and then every answer would end at the wrong word.
+    """
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = getattr(config, f"{name}_id", None)
+        if isinstance(token, int) and getattr(tokenizer, f"{name}_id") != token:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
 
 
 def unreadable(file: Path, where: str, error: Exception) -> ModelError:

@@ -59,7 +59,7 @@ class _Reader:
         version = self.number("I")
         if version not in (2, 3):
             what = f"is GGUF version {version}; versions 2 and 3 (little-endian) can be read."
-            raise ModelError.at(str(self.path), what, "Convert the file again with a current llama.cpp.")
+            raise ModelError.at(str(self.path), what, "Convert the file again, with a current converter.")
         self.take(8)  # tensors
         count = self.number("Q")
         if count > _KEYS_LIMIT:

@@ -255,7 +255,7 @@ def test_a_gguf_is_dequantised_once_and_rounds_the_same_in_both_dtypes(tmp_path:
     narrow = narrow_model.load()
     assert narrow_model.config.num_hidden_layers == 30
     assert narrow_model.has_chat_template
-    assert narrow_model.stop_tokens == (2,)
+    assert narrow_model.stop_tokens == (2,)  # of 5.17's tokenizer the first token would be the last one too
     assert len(lines) == 1
     assert narrow_model.hash == wide_model.hash
     for left, right in zip(wide.parameters(), narrow.parameters(), strict=True):

@@ -50,7 +50,7 @@ def test_what_else_compares_tokens_pairwise_is_refused():
             return x + (x @ x.transpose(1, 2)).tril().sum(-1, keepdim=True)
 
     text = refusal(Pairs())
-    assert re.match(r"canonicalise_attention: matmul \(toys\.py:\d+\): tokens meet in a way that kvcompile", text)
+    assert re.match(r"canonicalise_attention: matmul \(toys\.py:\d+\): tokens meet in a way that kvcompile does not recognise: ", text)
     assert text.endswith("\n  Only softmax attention and elementwise work may see two tokens at once.")
 
 

@@ -188,6 +188,7 @@ def test_what_is_not_understood_is_refused_by_its_node(why):
         text = refusal(attend)
     assert text.startswith("canonicalise_attention: ")
     assert "test_rewrite_attention.py:" in text.splitlines()[0], "the line of the model's own code"
+    assert ": an attention that kvcompile does not recognise, " in text
     assert why in text
     assert text.endswith("\n  Recognised: softmax(scale * q @ k^T, capped, with ALiBi, under a causal, sliding or chunked mask) @ v.")
 

@@ -135,3 +135,31 @@ def test_a_module_may_take_positions_and_return_a_tuple():
     model = Positions().eval()
     ids = some_ids(11, 16)
     torch.testing.assert_close(logits(trace(model), ids), model(ids[None], torch.arange(11)[None])[0][0])
+
+
+def test_a_graph_that_draws_a_dropout_is_refused():
+    class Dropped(toys.Mixed):
+        def mix(self, x):
+            return F.dropout(x, 0.1, True)
+
+    with pytest.raises(UnsupportedGraphError) as caught:
+        trace(Dropped().eval())
+    assert "the graph draws a dropout." in str(caught.value)
+    assert str(caught.value).endswith("\n  Trace or export the model after model.eval().")
+
+
+def test_a_loop_over_tokens_is_refused_by_the_node_that_mixes_them():
+    class Loop(toys.Mixed):
+        def mix(self, x):
+            state, found = torch.zeros_like(x[:, 0]), []
+            for token in range(x.shape[1]):
+                state = 0.9 * state + x[:, token]
+                found.append(state)
+            return torch.stack(found, 1)
+
+    with pytest.raises(UnsupportedGraphError) as caught:
+        trace(Loop().eval())
+    first, last = caught.value.problems
+    assert first.where.startswith("check_token_wise: select (")
+    assert first.what.startswith("select works along the token dimension: f32[1, 16]")
+    assert last.what == "torch.export could not trace Loop: it is fixed to one number of tokens."

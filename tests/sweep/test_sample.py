@@ -35,6 +35,7 @@ WORKS: dict[str, set[str]] = {
     "smollm3": {"GQA", "NoPE"},
 }
 FRONT_ENDS = {"bart": "sdpa"}  # the others: the attention interface, or what is spelt out beside it
+OLDER_FRONT_ENDS = {("opt", "sdpa")}  # of transformers 5.17, where it gives its attention a mask of ones itself
 FEATURES = {"MLA", "MQA", "GQA", "window", "chunks", "ALiBi", "soft cap", "learnt sinks", "partial rotary", "NoPE", "MoE", "convolution"}
 
 
@@ -44,7 +45,7 @@ def test_the_family_works(name: str) -> None:
     found = check_family(name)
     assert (found.status, found.reason) == ("works", "")
     assert set(found.features) == WORKS[name]
-    assert found.front_end == FRONT_ENDS.get(name, "interface")
+    assert found.front_end == FRONT_ENDS.get(name, "interface") or (name, found.front_end) in OLDER_FRONT_ENDS
     assert found.lost == ()
 
 
