@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from kvcompile.codegen.segments import segment_sources
+from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import KvcompileError, ModelError, Problem, SpecError, TargetError, UnsupportedGraphError
 from kvcompile.ir.evaluate import FakeConstantError
 from kvcompile.ir.plan import Plan
@@ -303,10 +304,14 @@ def _through_front_ends(spec: Spec, module: nn.Module, stages: _Stages, stop_aft
             raise
         except UnsupportedGraphError as error:
             failed_in = error.problems[0].where.split(":")[0]
-            if failed_in not in _FRONT_PASSES:
-                raise
+            if failed_in not in _FRONT_PASSES or (failed_in != "trace" and front_end == "interface" and _found_attention(graph)):
+                raise  # what else mixes tokens beside attention is there whoever finds the attention
             failures.append((_FRONT_PASSES.index(failed_in), error))
     raise max(failures, key=lambda failure: failure[0])[1]
+
+
+def _found_attention(graph: torch.fx.GraphModule) -> bool:
+    return bool(graph.graph.find_nodes(op="call_function", target=ATTEND))
 
 
 def _vocabulary(graph: torch.fx.GraphModule) -> int:

@@ -17,7 +17,7 @@ from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.convolve_op import CONVOLVE
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
 from kvcompile.passes.huggingface import attention_as_nodes, is_huggingface
-from kvcompile.passes.trace import takes_positions
+from kvcompile.passes.trace import PlainCall
 from kvcompile.runtime.model import CompiledModel, PackedCall
 
 TOLERANCE = 1e-2  # of the largest value: what is wrong is wrong by more, and bfloat16 rounds by less
@@ -54,14 +54,13 @@ def original_logits(model: nn.Module, ids: Tensor, frequency_tokens: int | None 
             positions[-1] = frequency_tokens - 1
             longer = torch.cat([ids, ids[:1]])[None]
             if is_huggingface(model):
-                out = model(input_ids=longer, position_ids=positions[None], use_cache=False)
+                logits: Tensor = model(input_ids=longer, position_ids=positions[None], use_cache=False).logits
             else:
-                out = model(longer, positions[None])
+                logits = PlainCall(model)(longer, positions[None])
         elif is_huggingface(model):
-            out = model(input_ids=ids[None], use_cache=False)
+            logits = model(input_ids=ids[None], use_cache=False).logits
         else:
-            out = model(ids[None], torch.arange(len(ids))[None]) if takes_positions(model) else model(ids[None])
-    logits: Tensor = out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
+            logits = PlainCall(model)(ids[None], torch.arange(len(ids))[None])
     logits = logits[0, : len(ids)]
     return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -27,7 +27,7 @@ class Inspection:
     """What was found, or why nothing was.
 
     segments:  of each distinct segment how often it is called.  convolutions: (path, channels, taps) of each.
-    refused:   problems by node and source line; () for a model that can be compiled.
+    refused:   problems by node and source line; () where the graph can be compiled.  A compile also probes and verifies, with weights.
     """
 
     front_end: str
@@ -105,8 +105,8 @@ def _facts(site: AttentionSite) -> tuple[str, ...]:
     sees = "every earlier token"
     if site.chunk_tokens:
         sees = f"its own chunk of {site.chunk_tokens}"
-    elif site.sliding_window:
-        sees = f"the last {site.sliding_window}"
+    if site.sliding_window:
+        sees = f"{sees}, of which the last {site.sliding_window}" if site.chunk_tokens else f"the last {site.sliding_window}"
     extras = [f"soft cap {site.soft_cap:g}"] if site.soft_cap else []
     extras += ["learnt sinks"] if site.learnt_sinks else []
     extras += [f"ALiBi slopes {max(site.slopes):.3g} to {min(site.slopes):.3g}"] if site.slopes else []

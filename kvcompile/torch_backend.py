@@ -9,8 +9,10 @@ Rules:
 2. An attention whose KV heads are all `full` stays as it was.  Another becomes `kvc::attend_banded` (runtime/banded.py), over the KV
    heads as they were before they were repeated.
 3. An attention that cannot be rewritten stays dense, and a warning says where it is and why.
-4. A layer with a sliding window or chunks of its own keeps them whatever the policy, where the model's configuration tells of them;
-   otherwise a query sees what both its mask and its policy let it see.
+4. A layer with a sliding window or chunks of its own keeps them whatever the policy; the model's configuration tells which.  Where none
+   can be read, an attention with a mask stays dense (rule 3): the mask of one query does not tell padding, which sinks stand behind,
+   from what a window hides.
+5. A spec's `layers` count every attention of the graph, those of rule 3 too.
 """
 
 from __future__ import annotations
@@ -151,19 +153,33 @@ class _Call:
         )
 
 
+@dataclass(frozen=True)
+class _Left:
+    """An attention that stays as it is; kv_heads: None where its graph does not show them."""
+
+    node: Node
+    why: str
+    kv_heads: int | None
+
+    def site(self, index: int, usual_kv_heads: int) -> AttentionSite:
+        """What takes its place among the layers; usual_kv_heads: of the attentions that are understood."""
+        heads = self.kv_heads or usual_kv_heads
+        path = _path(self.node) or f"attention {index}"
+        return AttentionSite(index, path, query_heads=heads, kv_heads=heads, head_dim=0, value_dim=0, scale=0.0, dtype="")
+
+
 def rewrite_attention(gm: GraphModule, spec: Spec) -> Rewrite:
-    """Rules 2 to 4, in place.  Raises SpecError where a rule names heads that the graph does not have."""
+    """Rules 2 to 5, in place.  Raises SpecError where a rule names heads that the graph does not have."""
     rewrite = Rewrite()
-    calls: list[_Call] = []
+    attentions: list[_Call | _Left] = []
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in _SDPA:
             found = _match(node)
-            if isinstance(found, _Call):
-                calls.append(found)
-            else:
-                rewrite.warnings.append(_unmatched(node, found))
+            attentions.append(found if isinstance(found, _Call) else _Left(node, found, _shown_kv_heads(node)))
         elif _is_spelt_out(node):
-            rewrite.warnings.append(_unmatched(node, "it is spelt out as products and a softmax"))
+            attentions.append(_Left(node, "it is spelt out as products and a softmax", None))
+    calls = [each for each in attentions if isinstance(each, _Call)]
+    rewrite.warnings += [_unmatched(each.node, each.why) for each in attentions if isinstance(each, _Left)]
     wants_less = any(not _is_full(spec.policies[rule.policy]) for rule in spec.heads)
     if not wants_less:
         rewrite.warnings.clear()  # dense is what the spec asks for
@@ -171,15 +187,25 @@ def rewrite_attention(gm: GraphModule, spec: Spec) -> Rewrite:
         return rewrite
     _check_whole(calls[0])
     _check_gradients()
-    unit = AssignPolicies().run(Unit(gm, spec, tuple(call.site(index) for index, call in enumerate(calls))))
+    usual = max(int(_value(call.key).shape[1]) for call in calls)
+    sites = tuple(each.site(index) if isinstance(each, _Call) else each.site(index, usual) for index, each in enumerate(attentions))
+    unit = AssignPolicies().run(Unit(gm, spec, sites))
     rewrite.warnings += unit.warnings
     own_windows = _layers_with_own_windows()
+    keeping = 0
     places: dict[Node, Node] = {}
-    for call, policies in zip(calls, unit.policies, strict=True):
-        if all(_is_full(policy) for policy in policies) or _layer_number(call.path) in own_windows:
+    for index, (call, policies) in enumerate(zip(attentions, unit.policies, strict=True)):
+        if isinstance(call, _Left) or all(_is_full(policy) for policy in policies):
             continue
-        _replace(gm.graph, call, policies, places)
-        rewrite.rewritten.append(call.path)
+        if own_windows is None and call.mask is not None:
+            rewrite.warnings.append(_unmatched(call.node, "no configuration of the model tells whether its mask holds a window of its own"))
+        elif own_windows and _layer_number(call.path, index) in own_windows:
+            keeping += 1
+        else:
+            _replace(gm.graph, call, policies, places)
+            rewrite.rewritten.append(call.path)
+    if keeping:
+        rewrite.warnings.append(f"the kvcompile backend: {keeping} layers keep the model's own window or chunk whatever the policy.")
     gm.recompile()  # repeated heads that nobody reads any more are left to Inductor: fx takes what writes in place for dead
     return rewrite
 
@@ -223,6 +249,12 @@ def _match(node: Node) -> _Call | str:
         return "its scale is not a constant"
     mask = mask if isinstance(mask, Node) else None
     return _Call(node, _path(node), query, key, value, mask, int(shapes[0][3]) ** -0.5 if scale is None else float(scale))
+
+
+def _shown_kv_heads(node: Node) -> int | None:
+    """Of a call that was not matched; None where its key is not of shape [batch, heads, tokens, dimension]."""
+    key = node.kwargs.get("key", node.args[1] if len(node.args) > 1 else None)
+    return int(_value(_before_repeat(key)).shape[1]) if isinstance(key, Node) and _value(key).dim() == 4 else None
 
 
 def _before_repeat(node: Node) -> Node:
@@ -308,13 +340,17 @@ def _current_translation() -> Any:
         return None
 
 
-def _layers_with_own_windows() -> frozenset[int]:
-    """Numbers of the layers with a window of their own, as the configuration of the module that is compiled says (rule 4)."""
+def _layers_with_own_windows() -> frozenset[int] | None:
+    """Numbers of the layers with a window of their own, as the model's configuration says (rule 4).
+
+    None where there is no one transformers configuration: neither the module that is compiled has it nor a single part of it.
+    """
     scope = getattr(getattr(_current_translation(), "output", None), "local_scope", None) or {}
     root = scope.get("self")
-    config: Any = getattr(root, "config", None) if isinstance(root, nn.Module) else None
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
+    configs = _configurations(root) if isinstance(root, nn.Module) else []
+    if len(configs) != 1:
+        return None
+    config = configs[0].get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -322,9 +358,18 @@ def _layers_with_own_windows() -> frozenset[int]:
     return frozenset(number for number, kind in enumerate(kinds) if "sliding" in kind or "chunked" in kind)
 
 
-def _layer_number(path: str) -> int | None:
+def _configurations(module: nn.Module) -> list[Any]:
+    """Of the outermost modules that have one."""
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "get_text_config"):
+        return [config]
+    return [config for part in module.children() for config in _configurations(part)]
+
+
+def _layer_number(path: str, index: int) -> int:
+    """index: the number among the attentions, for a path that tells none."""
     numbers = re.findall(r"\d+", path)
-    return int(numbers[0]) if numbers else None
+    return int(numbers[0]) if numbers else index
 
 
 def _is_full(policy: HeadPolicy) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from kvcompile.ir.unit import Unit
 from kvcompile.link import link
 from kvcompile.passes.assign_policies import AssignPolicies
 from kvcompile.passes.build_zones import BuildZones
-from kvcompile.passes.huggingface import attention_as_nodes, is_huggingface
+from kvcompile.passes.huggingface import attention_as_nodes, foreign_mask, is_huggingface
 from kvcompile.passes.place import Place
 from kvcompile.passes.request_kernels import RequestKernels
 from kvcompile.runtime.cached import ATTEND_CACHED, CachedSequences
@@ -178,8 +178,10 @@ def _attention(
         raise SessionError(
             Problem(
                 _WHERE,
-                f'{type(module).__name__} runs with attention implementation "{NAME}" and without a kvcompile.Cache.',
-                "Pass past_key_values=kvcompile.Cache(model, spec=...), or call model.set_attn_implementation('sdpa').",
+                f'{type(module).__name__} runs with attention implementation "{NAME}" on keys that no kvcompile.Cache gave it: '
+                "it was called without one, or it changes the keys between the cache and the attention.",
+                "Pass past_key_values=kvcompile.Cache(model, spec=...).  If you did, the model cannot run with it: use kvcompile.compile, "
+                "or call model.set_attn_implementation('sdpa').",
             )
         )
     padding = None
@@ -193,9 +195,53 @@ def _attention(
     return ATTEND_CACHED(query, key, value, padding, sinks, state, module.layer_idx), None
 
 
-def _mask(*shape: Any, attention_mask: Tensor | None = None, **keywords: Any) -> Tensor | None:
-    """Which tokens are none of padding, [batch, tokens, 1, 1]: models cut the last dimension, which changes nothing here."""
+def _mask(
+    *shape: Any,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    q_offset: Any = 0,
+    config: Any = None,
+    **keywords: Any,
+) -> Tensor | None:
+    """Which tokens are none of padding, [batch, tokens, 1, 1]: models cut the last dimension, which changes nothing here.
+
+    Windows and chunks of `mask_function` are in the plan.  Raises SessionError for what is not.
+    """
+    foreign = "" if mask_function is None else _foreign_mask(mask_function, q_offset, config)
+    if foreign:
+        raise SessionError(
+            Problem(
+                _WHERE,
+                f"the model's attention mask uses {foreign}: a token would see more or less than the tokens before it.",
+                "Leave out what asks for it (token_type_ids of images, for example), or run the model's own attention: "
+                "model.set_attn_implementation('sdpa').",
+            )
+        )
     return None if attention_mask is None else attention_mask[:, :, None, None]
+
+
+def _foreign_mask(function: Callable[..., Any], q_offset: Any, config: Any) -> str:
+    """`foreign_mask`, for Dynamo too: it does not look into closures, but runs a function on them while it translates.
+
+    It cannot where one holds a tensor, as those of chunks and of masks joined by "or" do: there the graph is broken.
+    """
+    if not torch.compiler.is_compiling():
+        return foreign_mask(function)
+    if not isinstance(q_offset, Tensor):
+        return ""  # no cache of ours (get_seq_length): the attention refuses the call
+    holds_tensors = function.__code__.co_qualname.startswith("or_masks.") or bool(getattr(config, "attention_chunk_size", None))
+    foreign: str = _foreign_mask_between_graphs(function) if holds_tensors else _foreign_mask_while_translating(function)
+    return foreign
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _foreign_mask_while_translating(function: Callable[..., Any]) -> str:
+    return foreign_mask(function)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _foreign_mask_between_graphs(function: Callable[..., Any]) -> str:
+    return foreign_mask(function)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -163,7 +163,7 @@ def verify(compiled: CompiledModel, model: nn.Module, graph: torch.fx.GraphModul
     dtype = compiled.plan.sites[0].site.dtype
     room = compiled.plan.position_rows or 1 << 30
     tokens = min(compiled.spec.verify_tokens, room)
-    windows = [site.site.sliding_window for site in compiled.plan.sites if site.site.sliding_window]
+    windows = [site.site.own_window for site in compiled.plan.sites if site.site.own_window]
     reach = max((window for window in windows if window <= LONGEST_WINDOW), default=0)  # a window that nothing leaves proves nothing
     ids = text_ids(min(tokens + reach, room), compiled.vocabulary, compiled.tokenizer)
     full = compiled.with_plan(full_plan(compiled.plan))

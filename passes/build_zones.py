@@ -1,7 +1,7 @@
 """Build zones: the KV heads of a site that share a policy become one group, with zones that the site can hold.
 
-A layer with a sliding window of its own keeps that window whatever the policy says: the model was trained so, and no
-token outside it was ever visible.
+A layer with a sliding window or chunks of its own keeps them whatever the policy says: the model was trained so, and no
+token outside them was ever visible.
 
 A convolution keeps its last inputs, and as many more as the largest `rollback` among the model's policies promises.
 """
@@ -18,7 +18,7 @@ from kvcompile.ir.unit import Unit
 
 @dataclass(frozen=True)
 class BuildZones:
-    """KV heads with equal policies form a group; a model's own sliding window overrides the policy's zones."""
+    """KV heads with equal policies form a group; a model's own window or chunk overrides the policy's zones."""
 
     name: str = "build_zones"
     requires: tuple[str, ...] = ("assign_policies",)
@@ -29,7 +29,7 @@ class BuildZones:
             for site, policies in zip(unit.sites, unit.policies, strict=True)
         )
         overridden = [site.path for site, policies in zip(unit.sites, unit.policies, strict=True) if site.own_window and policies]
-        notes = (f"{len(overridden)} layers keep the model's own sliding window whatever the policy",) if overridden else ()
+        notes = (f"{len(overridden)} layers keep the model's own window or chunk whatever the policy",) if overridden else ()
         seen: dict[int, int] = {}
         for node in unit.graph.graph.find_nodes(op="get_attr"):
             tensor = unit.graph.get_parameter(node.target) if _is_parameter(unit, node.target) else unit.graph.get_buffer(node.target)

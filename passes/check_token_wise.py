@@ -32,7 +32,7 @@ _COPIES = frozenset({"to", "_to_copy", "type_as", "clone", "contiguous", "alias"
 _UNTAGGED_ELEMENTWISE = frozenset(
     {
         *("gelu", "silu", "softplus", "where", "clamp", "bitwise_not", "floor_divide", "one_hot", "float_power"),
-        *("multiply", "divide", "subtract"),
+        *("multiply", "divide", "subtract", "__or__", "__and__", "__xor__"),
         *("polar", "complex", "view_as_complex", "view_as_real", "real", "imag"),
     }
 )
@@ -143,8 +143,8 @@ def _wrong_dimension(node: torch.fx.Node, name: str, copies: Copies) -> str:
         return "index picks tokens by number" if _picks_tokens(arguments[0], arguments[1]) else ""
     if name in _TABLE:
         return f"{name} looks up in a table of tokens" if _has_tokens(arguments[0]) else ""
-    if overload is torch.ops.aten.repeat_interleave.self_int:
-        return ""  # a token's rows stay side by side
+    if overload is torch.ops.aten.repeat_interleave.self_int:  # along a dimension a token's rows stay side by side
+        return "" if list(_dimensions(node)) else "repeat_interleave works on the flattened tensor"
     if torch.Tag.pointwise in overload.tags or name in _COPIES | _UNTAGGED_ELEMENTWISE | _MOVES:
         return ""
     return f"{name} is not known to be token-wise"

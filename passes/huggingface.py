@@ -21,7 +21,7 @@ from kvcompile.passes.fix_frequency_branch import frequencies_chosen_in_the_grap
 
 NAME = "kvcompile"
 # what a packed batch adds: traced graphs hold one sequence, sessions keep theirs apart
-_KNOWN_MASKS = frozenset({"causal_mask_function", "packed_sequence_mask_function"})
+_KNOWN_MASKS = frozenset({"causal_mask_function", "packed_sequence_mask_function", "sliding_window_overlay", "chunked_overlay"})
 _LEARNT_SINKS = ("s_aux", "sinks")
 # keyword tensors that repeat what positions and sites already say
 _HARMLESS = frozenset({"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"})
@@ -102,6 +102,18 @@ def _leaf_masks(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         yield from _leaf_masks(part)
 
 
+def _mask_name(leaf: Callable[..., Any]) -> str:
+    return leaf.__qualname__.split(".")[0]
+
+
+def foreign_mask(function: Callable[..., Any]) -> str:
+    """The first of what `function` combines that is neither causal, packed, sliding nor chunked, as transformers names it; "" for none.
+
+    function: the mask function that transformers gives a mask factory.
+    """
+    return next((name for name in map(_mask_name, _leaf_masks(function)) if name not in _KNOWN_MASKS), "")
+
+
 @dataclass
 class MaskRecorder:
     """Stands for transformers' mask factory: makes a marker that tells each attention its window.
@@ -124,8 +136,10 @@ class MaskRecorder:
             raise _refuse(
                 "the model was called with a padded batch (an attention_mask).", "Give each sequence its own session instead of padding."
             )
+        if mask_function is not None and (foreign := foreign_mask(mask_function)):
+            raise _refuse(f"the model's attention mask uses {foreign}.", "Built: causal, sliding-window and chunked masks.")
         for leaf in _leaf_masks(mask_function) if mask_function is not None else ():
-            kind = leaf.__qualname__.split(".")[0]
+            kind = _mask_name(leaf)
             if kind == "sliding_window_overlay":
                 assert leaf.__closure__ is not None
                 window = int(leaf.__closure__[0].cell_contents)
@@ -134,8 +148,6 @@ class MaskRecorder:
                 assert leaf.__closure__ is not None
                 chunk = _chunk_of(leaf)
                 self.windows.add(chunk)
-            elif kind not in _KNOWN_MASKS:
-                raise _refuse(f"the model's attention mask uses {kind}.", "Built: causal, sliding-window and chunked masks.")
         return _marker(window, chunk)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
-from kvcompile.ir.evaluate import FakeConstantError, ancestors, content_nodes, evaluate_nodes
+from kvcompile.ir.evaluate import FakeConstantError, ancestors, content_nodes, evaluate_nodes, opname
 from kvcompile.ir.show import node_text
 from kvcompile.ir.tokens import fake_value, is_size, place_of, token_dimensions
 from kvcompile.ir.unit import Unit
@@ -136,7 +136,21 @@ def _affine(node: torch.fx.Node, input_ids: torch.fx.Node) -> tuple[tuple[int, i
     for row, tokens in zip(rows, (few, many), strict=True):
         if len(row) != tokens or not torch.equal(row.long(), torch.arange(tokens) * step + start):
             return None, frozenset()
-    return (step, start), special if node in content_nodes(node.graph, input_ids) else frozenset()
+    if node not in content_nodes(node.graph, input_ids):
+        return (step, start), frozenset()
+    readers = {each.target for each in cone if input_ids in each.all_input_nodes and opname(each) not in ("sym_size", "ones_like")}
+    padding = next(iter(special), 0)
+    if step != 1 or len(special) != 1 or readers != {_aten.ne.Scalar} or not _skips(node, input_ids, ordinary, padding, start):
+        return None, frozenset()  # it counts something else than tokens
+    return (step, start), special
+
+
+
+def _skips(node: torch.fx.Node, input_ids: torch.fx.Node, ordinary: list[int], padding: int, start: int) -> bool:
+    """Whether a running sum counts every token but `padding`: one of them, in place 2, keeps the count from growing there."""
+    ids = [*ordinary[:2], padding, *ordinary[2:8]]
+    (found,) = evaluate_nodes([node], {input_ids: torch.tensor([ids])})
+    return bool(found.flatten().tolist() == [start, start + 1, start + 1, *(start + place for place in range(2, 8))])
 
 
 def _replace_first_rows(graph: torch.fx.Graph, node: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node) -> None:
@@ -219,5 +233,8 @@ def _positions_within(index: torch.fx.Node, input_ids: torch.fx.Node, position_i
         (found,) = evaluate_nodes([index], known)
     except FakeConstantError:
         return None
-    outside = ((found < 0) | (found >= rows)).flatten().nonzero()
+    (along,) = [dim for dim, size in enumerate(found.shape) if size == rows + 1] or [None]
+    if along is None:
+        return None
+    outside = ((found < 0) | (found >= rows)).movedim(along, 0).reshape(rows + 1, -1).any(1).nonzero()
     return int(outside[0]) if len(outside) else None

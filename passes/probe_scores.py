@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 PROBE_TOKENS = 40
-_TOLERANCE = 1e-7  # float64 weights; constants of the model may have been rounded to float32
+TOLERANCE = 1e-7  # float64 weights; constants of the model may have been rounded to float32
 _FAR = 300.0  # a logit that leaves the other weights representable: exp(-300) = 5e-131
 
 # raw scores [heads, tokens, tokens] float64 -> attention weights of the same shape
@@ -43,13 +43,21 @@ class ScoreFacts:
             logits = logits + torch.tensor(self.slopes, dtype=torch.float64)[:, None, None] * (key - query)
         return logits.masked_fill(~visible(query, key, self.sliding_window, self.chunk_tokens), -math.inf).softmax(-1)
 
-    def equals(self, other: ScoreFacts) -> bool:
-        """Up to the rounding of float64."""
+    def agrees(self, other: ScoreFacts, tokens: int) -> bool:
+        """Whether both describe one function of at most `tokens` tokens, up to the rounding of float64: a wider window is none."""
         numbers = [(facts.scale, facts.soft_cap or 0.0, *facts.slopes) for facts in (self, other)]
+        bounds = [
+            [bound if bound and bound < tokens else None for bound in (facts.sliding_window, facts.chunk_tokens)] for facts in (self, other)
+        ]
         return (
-            (self.sliding_window, self.chunk_tokens, len(self.slopes)) == (other.sliding_window, other.chunk_tokens, len(other.slopes))
+            bounds[0] == bounds[1]
+            and len(self.slopes) == len(other.slopes)
             and all(math.isclose(one, two, rel_tol=1e-6, abs_tol=1e-9) for one, two in zip(*numbers, strict=True))
         )
+
+    @property
+    def own_window(self) -> int | None:
+        return self.sliding_window or self.chunk_tokens
 
 
 class UnknownScores(Exception):
@@ -71,7 +79,7 @@ def probe_scores(weigh: Weigh, heads: int, tokens: int = PROBE_TOKENS) -> ScoreF
     zero = torch.zeros(heads, tokens, tokens, dtype=torch.float64)
     weights = weigh(zero.clone())
     window, chunk = visible_set(weights)
-    if float((weights.sum(-1) - 1).abs().max()) > _TOLERANCE:
+    if float((weights.sum(-1) - 1).abs().max()) > TOLERANCE:
         raise UnknownScores("the weights of a query do not sum to one")
     slopes = _slopes(weights, tokens)
     scale, soft_cap = _scale_and_cap(weigh, zero, weights)
@@ -79,7 +87,7 @@ def probe_scores(weigh: Weigh, heads: int, tokens: int = PROBE_TOKENS) -> ScoreF
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(zero.shape, generator=generator, dtype=torch.float64) * (3.0 / abs(scale))
     difference = float((weigh(scores.clone()) - facts.weigh(scores)).abs().max())
-    if not difference <= _TOLERANCE:
+    if not difference <= TOLERANCE:
         raise UnknownScores(f"what was recognised ({facts}) differs from it by {difference:.1e} on random scores")
     return facts
 
@@ -117,9 +125,9 @@ def _slopes(weights_HST: Tensor, tokens: int) -> tuple[float, ...]:
         return ()  # a window of one token
     each = (bias_HST / (key - query))[:, seen]
     slopes = each.mean(-1)
-    if bool(((each - slopes[:, None]).abs() > _TOLERANCE).any()):
+    if bool(((each - slopes[:, None]).abs() > TOLERANCE).any()):
         raise UnknownScores("a bias depends on more than the distance of query and key")
-    return tuple(slopes.tolist()) if bool((slopes.abs() > _TOLERANCE).any()) else ()
+    return tuple(slopes.tolist()) if bool((slopes.abs() > TOLERANCE).any()) else ()
 
 
 def _scale_and_cap(weigh: Weigh, zero_HST: Tensor, weights_HST: Tensor) -> tuple[float, float | None]:

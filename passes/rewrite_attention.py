@@ -14,10 +14,12 @@ What stands in the dots is not matched but probed as a function of the raw score
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,9 +27,10 @@ from torch import Tensor
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
 from kvcompile.ir.evaluate import ancestors, content_nodes, evaluate_nodes, opname, shape_at
+from kvcompile.ir.graphs import constants
 from kvcompile.ir.show import node_text
 from kvcompile.ir.tokens import fake_value, place_of, token_dimensions
-from kvcompile.passes.probe_scores import PROBE_TOKENS, ScoreFacts, UnknownScores, probe_scores, visible_set
+from kvcompile.passes.probe_scores import PROBE_TOKENS, TOLERANCE, ScoreFacts, UnknownScores, probe_scores
 
 _aten = torch.ops.aten
 _SDPA = _aten.scaled_dot_product_attention.default
@@ -43,17 +46,23 @@ _LAYOUT = frozenset(
 _CASTS = frozenset({"to", "_to_copy", "type_as", "float"})
 _NEARER = (11, 13)  # rule 7: what a constant is replaced by
 _NO_WINDOW = 1 << 24  # a larger constant stands for minus infinity
-_TABLE_ROWS = 1024
+_FAR_TOKENS, _FAR_NUMBERS = 2048, 1 << 24  # of a function looked at as a whole: tokens at most, and heads x tokens x tokens
 _LONGER = 7  # tokens added to tell a size that was written into the graph from one that grows
 
 
-Arguments = Mapping[torch.fx.Node, tuple[Any, ...]]
+Arguments: TypeAlias = Mapping[torch.fx.Node, tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+# what was found of a function, by its text
+_KnownFacts: TypeAlias = dict[str, ScoreFacts]
 
 
 class _Weigh(Protocol):
-    """Raw scores [heads, tokens, tokens] -> weights, as `probe_scores` takes it; with other arguments for some nodes."""
+    """Raw scores [heads, tokens, tokens] -> weights, as `probe_scores` takes it; with other arguments, other values of nodes."""
 
-    def __call__(self, scores_HST: Tensor, arguments: Arguments | None = None) -> Tensor: ...
+    def __call__(
+        self, scores_HST: Tensor, arguments: Arguments | None = None, known: Mapping[torch.fx.Node, Tensor] | None = None
+    ) -> Tensor: ...
 
 
 def rewrite_attention(graph: torch.fx.Graph) -> set[str]:
@@ -68,14 +77,15 @@ def rewrite_attention(graph: torch.fx.Graph) -> set[str]:
     content = content_nodes(graph, input_ids)
     inputs = _Inputs(input_ids, position_ids)
     spelt: set[str] = set()
+    known: _KnownFacts = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is _SDPA:
-            _rewrite(graph, _read_sdpa(node, inputs, content))
+            _rewrite(graph, _read_sdpa(node, inputs, content, known))
             spelt.add("sdpa")
         elif node.target in _SOFTMAX and len(token_dimensions(fake_value(node))) > 1 and node.users:
-            _rewrite(graph, _read_products(node, inputs, content))
+            _rewrite(graph, _read_products(node, inputs, content, known))
             spelt.add("products")
     graph.eliminate_dead_code()
     return spelt
@@ -167,7 +177,7 @@ def _split_einsum(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _read_sdpa(node: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]) -> _Attention:
+def _read_sdpa(node: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node], known_facts: _KnownFacts) -> _Attention:
     """Rule 1."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -182,37 +192,44 @@ def _read_sdpa(node: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]
     scale = fake_value(query).shape[-1] ** -0.5 if scale is None else float(scale)
     lead = _lead(node, query, inputs)
 
-    def weigh(scores_HST: Tensor, arguments: Arguments | None = None) -> Tensor:
+    def weigh(scores_HST: Tensor, arguments: Arguments | None = None, known: Mapping[torch.fx.Node, Tensor] | None = None) -> Tensor:
         logits = scores_HST * scale
         tokens = scores_HST.shape[-1]
         if given.get("is_causal", False):
             return logits.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
         assert mask is not None
-        (mask_value,) = evaluate_nodes([mask], inputs.at(tokens), compute=torch.float64, arguments=arguments)
+        (mask_value,) = evaluate_nodes([mask], {**inputs.at(tokens), **(known or {})}, compute=torch.float64, arguments=arguments)
         mask_value = mask_value.expand(*lead, tokens, tokens).reshape(-1, tokens, tokens)
         logits = logits.masked_fill(~mask_value, -math.inf) if mask_value.dtype == torch.bool else logits + mask_value
         return logits.softmax(-1)
 
     cone = set() if mask is None else ancestors([mask], inputs.at(0))
-    return _Attention(node, query, key, value, False, bool(given.get("enable_gqa", False)), lead, _facts(node, weigh, lead, cone))
+    if not cone:
+        facts = ScoreFacts(scale, None, None, None, ())  # `is_causal` says it all
+    else:
+        sameness = f"sdpa {lead} {scale} {_sameness(cone)}"
+        facts = known_facts.get(sameness) or known_facts.setdefault(sameness, _facts(node, weigh, lead, cone))
+    return _Attention(node, query, key, value, False, bool(given.get("enable_gqa", False)), lead, facts)
 
 
-def _read_products(softmax: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]) -> _Attention:
+def _read_products(softmax: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node], known_facts: _KnownFacts) -> _Attention:
     """Rules 2 and 3."""
     scores = _scores_above(softmax, content)
     out, weights = _product_below(softmax, content)
     lead = _lead(scores, scores.args[0], inputs)  # type: ignore[arg-type]
 
-    def weigh(scores_HST: Tensor, arguments: Arguments | None = None) -> Tensor:
+    def weigh(scores_HST: Tensor, arguments: Arguments | None = None, known: Mapping[torch.fx.Node, Tensor] | None = None) -> Tensor:
         tokens = scores_HST.shape[-1]
-        known = {**inputs.at(tokens), scores: scores_HST.reshape(*lead, tokens, tokens)}
-        (found,) = evaluate_nodes([weights], known, compute=torch.float64, arguments=arguments)
+        given = {**inputs.at(tokens), **(known or {}), scores: scores_HST.reshape(*lead, tokens, tokens)}
+        (found,) = evaluate_nodes([weights], given, compute=torch.float64, arguments=arguments)
         return found.reshape(-1, tokens, tokens)  # type: ignore[no-any-return]
 
     query, key = scores.args
     value = out.args[1]
     assert isinstance(query, torch.fx.Node) and isinstance(key, torch.fx.Node) and isinstance(value, torch.fx.Node)
-    facts = _facts(softmax, weigh, lead, ancestors([weights], {scores, inputs.input_ids, inputs.position_ids}))
+    cone = ancestors([weights], {scores, inputs.input_ids, inputs.position_ids})
+    sameness = f"products {lead} {_sameness(cone)}"
+    facts = known_facts.get(sameness) or known_facts.setdefault(sameness, _facts(softmax, weigh, lead, cone))
     out_lead = _lead(out, weights, inputs)
     if math.prod(out_lead) != math.prod(lead):
         raise _refuse(out, "whose weights and scores have different heads")
@@ -223,60 +240,144 @@ def _facts(node: torch.fx.Node, weigh: _Weigh, lead: tuple[int, ...], cone: set[
     """Probed at two numbers of tokens: a size that was written into the graph would show.  cone: what the scores go through."""
     heads = math.prod(lead)
     try:
-        facts = probe_scores(weigh, heads)
-        if not probe_scores(weigh, heads, PROBE_TOKENS + _LONGER).equals(facts):
+        facts = probe_scores(weigh, heads, PROBE_TOKENS + _LONGER)
+        if not probe_scores(weigh, heads, PROBE_TOKENS).agrees(facts, PROBE_TOKENS):
             raise UnknownScores("it changes with the number of tokens")
         if facts.sliding_window is None and facts.chunk_tokens is None:
-            _check_tables(facts, weigh, heads, cone)
             facts = _with_far_bound(facts, weigh, heads, cone)
+        tokens = _far_tokens(heads, cone)
+        _check_far(facts, weigh, heads, tokens)
+        _check_tables(facts, cone, tokens)
     except UnknownScores as error:
         raise _refuse(node, str(error)) from error
+    except (RuntimeError, IndexError) as error:  # a size that was written into the graph
+        raise _refuse(node, f"which cannot be evaluated for another number of tokens ({error})") from error
     return facts
+
+
+def _sameness(cone: set[torch.fx.Node]) -> str:
+    """Equal for equal functions: layers share theirs.  The nodes in order, each with its constants and the places of its inputs."""
+    ordered = [node for node in next(iter(cone)).graph.nodes if node in cone]
+    place = {node: str(number) for number, node in enumerate(ordered)}
+    lines = []
+    for node in ordered:
+        if node.op == "get_attr":
+            (value,) = evaluate_nodes([node], {})
+            lines.append(hashlib.sha256(repr((value.dtype, value.shape)).encode() + value.cpu().contiguous().numpy().tobytes()).hexdigest())
+            continue
+        inputs = [place.get(source, source.name if source.op == "placeholder" else "scores") for source in node.all_input_nodes]
+        lines.append(f"{node.op} {node.target} {constants(node)} {inputs}")
+    return "\n".join(lines)
 
 
 def _with_far_bound(facts: ScoreFacts, weigh: _Weigh, heads: int, cone: set[torch.fx.Node]) -> ScoreFacts:
-    """Rule 7."""
-    zero = torch.zeros(heads, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.float64)
-    bounds = []
-    for node in cone:
-        for place, constant in enumerate(node.args):
-            if type(constant) is not int or not PROBE_TOKENS <= abs(constant) < _NO_WINDOW or not _compares(node):
-                continue
-            sign = -1 if constant < 0 else 1
-            found = []
-            for nearer in _NEARER:
-                arguments = {node: (*node.args[:place], sign * nearer, *node.args[place + 1 :])}
-                window, chunk = visible_set(weigh(zero.clone(), arguments))
-                found.append((window and window - nearer, chunk and chunk - nearer))
-            if found[0] != found[1]:
-                raise UnknownScores(f"the constant {constant} of {node.name} bounds what it sees in a way that is not known")
-            if found[0] != (None, None):
-                bounds.append(tuple(more and more + abs(constant) if more != 0 else abs(constant) for more in found[0]))
-    for window, chunk in bounds:
-        facts = replace(facts, sliding_window=window or facts.sliding_window, chunk_tokens=chunk or facts.chunk_tokens)
+    """Rule 7.  Nothing but the bound may change with the constant, or it does something else far away."""
+    bounds: set[tuple[int | None, int | None]] = set()
+    for far in _far_constants(cone):
+        constant, name = far.value, far.node.name
+        found = []
+        for near in _NEARER:
+            known, arguments = far.nearer(near)
+            seen = probe_scores(partial(weigh, arguments=arguments, known=known), heads)
+            if not replace(seen, sliding_window=None, chunk_tokens=None).agrees(facts, PROBE_TOKENS):
+                raise UnknownScores(f"the constant {constant:g} of {name} changes more than what it sees")
+            window, chunk = seen.sliding_window, seen.chunk_tokens
+            found.append((None if window is None else window - near, None if chunk is None else chunk - near))
+        if found[0] != found[1]:
+            raise UnknownScores(f"the constant {constant:g} of {name} bounds what it sees in a way that is not known")
+        more_window, more_chunk = found[0]
+        if found[0] != (None, None):
+            size = math.ceil(abs(constant))
+            bounds.add((None if more_window is None else size + more_window, None if more_chunk is None else size + more_chunk))
     if len(bounds) > 1:
         raise UnknownScores("several constants bound what it sees")
+    for window, chunk in bounds:
+        facts = replace(facts, sliding_window=window, chunk_tokens=chunk)
     return facts
+
+
+@dataclass(frozen=True)
+class _FarConstant:
+    """A number that may bound what is seen beyond the probe.  place: of a node's argument, its keyword, or None: it is a weight."""
+
+    node: torch.fx.Node
+    place: int | str | None
+    value: float
+
+    def nearer(self, near: int) -> tuple[dict[torch.fx.Node, Tensor], Arguments]:
+        """What puts a smaller number of the same sign and kind in its place: (known values, arguments)."""
+        number = type(self.value)(math.copysign(near, self.value))
+        positional, keywords = list(self.node.args), dict(self.node.kwargs)
+        if self.place is None:
+            (weight,) = evaluate_nodes([self.node], {})
+            return {self.node: torch.full_like(weight, number)}, {}
+        if isinstance(self.place, str):
+            keywords[self.place] = number
+        else:
+            positional[self.place] = number
+        return {}, {self.node: (tuple(positional), keywords)}
+
+
+def _far_constants(cone: set[torch.fx.Node]) -> Iterator[_FarConstant]:
+    for node in cone:
+        if node.op == "get_attr" and fake_value(node).numel() == 1:
+            (weight,) = evaluate_nodes([node], {})
+            given: list[tuple[int | str | None, Any]] = [(None, weight.item())]
+        elif node.op == "call_function" and _compares(node):
+            given = [*enumerate(node.args), *node.kwargs.items()]
+        else:
+            continue
+        for place, value in given:
+            if type(value) in (int, float) and PROBE_TOKENS <= abs(value) < _NO_WINDOW:
+                yield _FarConstant(node, place, value)
+
+
+def _far_tokens(heads: int, cone: set[torch.fx.Node]) -> int:
+    """So many tokens that the function can be looked at as a whole; no more than a table has rows."""
+    rows = [int(fake_value(node).shape[-1]) for node in cone if _is_table(node)]
+    return max(PROBE_TOKENS, min(_FAR_TOKENS, math.isqrt(_FAR_NUMBERS // heads), *rows))
+
+
+def _is_table(node: torch.fx.Node) -> bool:
+    """Whether a node is a constant with a row and a column for each position."""
+    return node.op == "get_attr" and fake_value(node).dim() >= 2 and fake_value(node).shape[-1] == fake_value(node).shape[-2]
+
+
+def _check_far(facts: ScoreFacts, weigh: _Weigh, heads: int, tokens: int) -> None:
+    """The facts, on random scores, for as many tokens as memory allows."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(heads, tokens, tokens, generator=generator, dtype=torch.float64) * (2.0 / facts.scale)
+    difference = float((weigh(scores.clone()) - facts.weigh(scores)).abs().max())
+    if not difference <= TOLERANCE:
+        raise UnknownScores(f"what it does near by ({facts}) is not what it does at {tokens} tokens")
 
 
 def _compares(node: torch.fx.Node) -> bool:
     overload: Any = node.target
-    return opname(node) in ("tril", "triu") or torch.Tag.pointwise in getattr(overload, "tags", ())
+    return opname(node) in ("tril", "triu", "full", "full_like", "scalar_tensor") or torch.Tag.pointwise in getattr(overload, "tags", ())
 
 
-def _check_tables(facts: ScoreFacts, weigh: _Weigh, heads: int, cone: set[torch.fx.Node]) -> None:
-    """A mask that is a table is looked at over as many of its rows as fit into memory."""
-    rows = max((min(fake_value(node).shape[-2:]) for node in cone if node.op == "get_attr" and fake_value(node).dim() >= 2), default=0)
-    tokens = min(int(rows), _TABLE_ROWS)
-    if tokens > PROBE_TOKENS and visible_set(weigh(torch.zeros(heads, tokens, tokens, dtype=torch.float64))) != (None, None):
-        raise UnknownScores(f"it sees less than all of {tokens} earlier tokens")
+def _check_tables(facts: ScoreFacts, cone: set[torch.fx.Node], seen_tokens: int) -> None:
+    """A mask that is a table: beyond what was looked at, its last row must say what the facts say."""
+    for node in cone:
+        if not _is_table(node):
+            continue
+        rows = int(fake_value(node).shape[-1])
+        if rows <= seen_tokens:
+            continue
+        (table,) = evaluate_nodes([node], {})
+        last = table.reshape(-1, rows, rows)[:, -1]
+        window = facts.own_window or rows
+        beginning, end = last[:, : max(0, rows - window)], last[:, max(0, rows - window) :]
+        if facts.chunk_tokens is not None or any(bool((part != part[:, :1]).any()) for part in (beginning, end) if part.shape[1]):
+            raise UnknownScores(f"its table of {rows} rows says more than can be read from its first {seen_tokens}")
 
 
 def _scores_above(softmax: torch.fx.Node, content: set[torch.fx.Node]) -> torch.fx.Node:
     """The product of queries and keys: the way up from the softmax, along the one input that knows the tokens' content."""
     node = softmax
     while True:
-        sources = [source for source in node.all_input_nodes if source in content and token_dimensions(fake_value(source))]
+        sources = [source for source in node.all_input_nodes if source in content]
         if node.target in _PRODUCTS and len(sources) == 2 and len(token_dimensions(fake_value(node))) > 1:
             return node
         if len(sources) != 1:
@@ -312,9 +413,7 @@ def _rewrite(graph: torch.fx.Graph, attention: _Attention) -> None:
     node, facts = attention.node, attention.facts
     _check_tokens(attention)
     query, key, value = (_without_widening(each, attention.value) for each in (attention.query, attention.key, attention.value))
-    kv_heads = max(_distinct_heads(key, attention, attention.key_transposed), _distinct_heads(value, attention, False))
-    if attention.heads % kv_heads:
-        kv_heads = attention.heads
+    kv_heads = math.lcm(_distinct_heads(key, attention, attention.key_transposed), _distinct_heads(value, attention, False))
     with graph.inserting_before(node):
         heads_first = [
             _as_heads(graph, query, attention, attention.heads, False),

@@ -59,13 +59,13 @@ def _counts_its_own_positions(model: nn.Module) -> bool:
     return any(hasattr(type(module), "create_position_ids_from_input_ids") for module in model.modules())
 
 
-class _PlainCall(nn.Module):
+class PlainCall(nn.Module):
     """A module as it stands: forward(ids) or forward(ids, position_ids); an exported program may want them by name."""
 
-    def __init__(self, model: nn.Module, takes_positions: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.takes_positions = takes_positions
+        self.takes_positions = takes_positions(model)
         spec: Any = getattr(model, "_in_spec", None)
         names = list(spec.child(1).context) if spec is not None and spec.num_children == 2 else []
         self.names = names if set(names) <= {"input_ids", "position_ids"} else []
@@ -109,7 +109,7 @@ def trace(model: nn.Module, front_end: FrontEnd | None = None) -> torch.fx.Graph
     context: contextlib.AbstractContextManager[huggingface.MaskRecorder | None] = contextlib.nullcontext()
     call: nn.Module
     if front_end == "plain":
-        call = _PlainCall(model, takes_positions(model))
+        call = PlainCall(model)
     else:
         context = huggingface.attention_as_nodes(model) if front_end == "interface" else huggingface.own_attention(model, front_end)
         call = _HuggingFaceCall(model)
@@ -189,7 +189,11 @@ def _export(call: nn.Module) -> ExportedProgram:
             (Dim.DYNAMIC, True),  # a guard on the number of tokens (chunks, a slice of a mask) is checked when it runs
         ):
             try:
-                return export(tokens, deferred)
+                program = export(tokens, deferred)
+                (output,) = program.graph.find_nodes(op="output")
+                if token_dimensions(fake_value(output.args[0][0])):
+                    return program
+                raise RuntimeError(_FIXED)  # it was exported for the example's length, without a word
             except UnsupportedGraphError:
                 raise
             except Exception as error:  # torch.export raises dozens of classes; the user sees one

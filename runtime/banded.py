@@ -12,7 +12,8 @@ sink_tokens, recent_tokens   a number a KV head; recent_tokens 0: the head sees 
 
 Keys lie in the order of their positions.  Without a mask one query sees all keys, and of several the query at s sees the keys up
 to s (torch's is_causal).  Of these a streaming head sees j < sink_tokens and j > p - recent_tokens, where p is the query's own key
-and j counts from the first visible key: what stands before it is padding.  A query that sees no key gets 0.
+and j counts from the first visible key: what stands before it is padding.  A query that sees no key gets 0.  So a mask may hide
+padding, later keys and keys between the two, but no window: what it hid at the front would move the sinks, which the caller rules out.
 
 Rules:
 1. A streaming head's work does not grow with T: one query reads the sinks and the window, a tile of queries the sinks and the union

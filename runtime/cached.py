@@ -5,7 +5,9 @@
 query [B, query_heads, S, D], key [B, kv_heads, S, D], value [B, kv_heads, S, E]: new tokens only; out [B, S, query_heads, E]
 padding        None, or bool [B, tokens so far and new ones]: False where a row has padding, which is neither kept nor answered (0)
 learnt_sinks   None, or [query_heads]
-state          int64 [2]: the number of the `CachedSequences`, and how many tokens, padding included, it has read; changed by the last layer
+state          int64 [2]: number of the `CachedSequences`, and how many tokens, padding included, it has read; the last layer writes it.
+               It may be a copy whose changes are copied back after the graph (AOTAutograd), so that the sequences count for themselves
+               and the first layer of the next call checks that both agree
 
 An operator of one site does what a session does: it appends the new tokens and attends over the stores.  All layers are called in
 their order; what stopped in between is taken back when the next call begins.
@@ -40,6 +42,7 @@ class CachedSequences:
         self.model = model
         number = next(_numbers)
         self.state = torch.tensor([number, 0])
+        self._tokens = 0
         self._sessions: list[Session] = []
         self._real_BT: Tensor | None = None  # which tokens are none of padding; None: all
         self._call: _Call | None = None
@@ -53,15 +56,20 @@ class CachedSequences:
     @property
     def tokens(self) -> int:
         """Tokens that every row has read, padding included."""
-        return int(self.state[1])
+        return self._tokens
 
     def nbytes(self) -> int:
         """Bytes of keys and values held."""
         return sum(session.nbytes() for session in self._sessions)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sinks: Tensor | None, layer: int) -> Tensor:
-        """The operator.  Raises SessionError for layers out of order and another number of rows, CapacityError where memory is refused."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sinks: Tensor | None, state: Tensor, layer: int
+    ) -> Tensor:
+        """The operator.  Raises SessionError for layers out of order, another number of rows and a count in `state` that is not ours,
+        CapacityError where memory is refused.
+        """
         if layer == 0:
+            self._check_count(int(state[1]))
             self._begin(key.shape[0], key.shape[2], padding)
         call = self._call
         if call is None or call.layer != layer:
@@ -71,10 +79,21 @@ class CachedSequences:
         last = layer == len(self.model.plan.sites) - 1
         out = call.attend(layer, query, key, value, sinks, last)
         if last:
-            self._finish(call)
+            self._finish(call, state)
         else:
             call.layer += 1
         return out
+
+    def _check_count(self, counted: int) -> None:
+        """The model has computed positions from what `state` counts."""
+        if counted != self._tokens:
+            raise SessionError(
+                Problem(
+                    "kvcompile.Cache",
+                    f"the compiled model counts {counted} tokens, the cache holds {self._tokens}: what a call wrote to the count was lost.",
+                    "Call reset() or crop(), which set the count anew; if it happens again, use another backend of torch.compile.",
+                )
+            )
 
     def _begin(self, rows: int, new: int, padding: Tensor | None) -> None:
         self._take_back()
@@ -94,14 +113,15 @@ class CachedSequences:
         self._call = _Call(self.model, self._sessions, lengths, new, real_BS)
         self._call.begin()
 
-    def _finish(self, call: _Call) -> None:
+    def _finish(self, call: _Call, state: Tensor) -> None:
         for session, length in zip(self._sessions, call.lengths, strict=True):
             session.tokens.extend([_UNKNOWN_TOKEN] * length)
         if self._real_BT is not None or call.real_BS is not None:
             before_BT = torch.ones(self.rows, self.tokens, dtype=torch.bool) if self._real_BT is None else self._real_BT
             new_BS = torch.ones(self.rows, call.new, dtype=torch.bool) if call.real_BS is None else call.real_BS
             self._real_BT = torch.cat([before_BT, new_BS], 1)
-        self.state[1] += call.new
+        self._tokens += call.new
+        state[1] = self._tokens
         self._call = None
 
     def _take_back(self) -> None:
@@ -126,6 +146,7 @@ class CachedSequences:
             self._sessions[: len(spare)] = spare
             raise
         self._real_BT = None if self._real_BT is None else self._real_BT[:, :keep]
+        self._tokens = keep
         self.state[1] = keep
 
     def select(self, rows: Sequence[int]) -> None:
@@ -142,6 +163,7 @@ class CachedSequences:
     def reset(self) -> None:
         """Empty, for a batch of any size."""
         self._sessions, self._real_BT, self._call = [], None, None
+        self._tokens = 0
         self.state[1] = 0
 
 
@@ -179,7 +201,7 @@ class _Call:
 def _attend_cached(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, learnt_sinks: Tensor | None, state: Tensor, layer: int
 ) -> Tensor:
-    return _living[int(state[0])].attend(query, key, value, padding, learnt_sinks, layer)
+    return _living[int(state[0])].attend(query, key, value, padding, learnt_sinks, state, layer)
 
 
 def _attend_cached_fake(

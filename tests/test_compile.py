@@ -220,7 +220,7 @@ def test_training_mode_is_refused():
     assert refused(UnsupportedGraphError, toys.planted().train(), spec=SPEC).startswith("trace: the model is in training mode.")
 
 
-@pytest.mark.parametrize("name", ["centred_convolution", "running_sum", "spelt_out"])
+@pytest.mark.parametrize("name", ["centred_convolution", "running_sum", "pairs"])
 def test_a_model_that_mixes_tokens_in_another_way_is_refused(name):
     refused(UnsupportedGraphError, getattr(toys, name)(), spec=SPEC)
 

@@ -105,7 +105,7 @@ def test_run_passes_tells_graph_plan_sources_and_time():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("toy", "failed"), [("running_sum", "check_token_wise"), ("spelt_out", "canonicalise_attention")])
+@pytest.mark.parametrize(("toy", "failed"), [("running_sum", "check_token_wise"), ("pairs", "canonicalise_attention")])
 def test_a_failure_leaves_what_repeats_it(tmp_path, toy, failed):
     with pytest.raises(UnsupportedGraphError) as caught:
         kvcompile.compile(getattr(toys, toy)(), spec={"kvcompile": 1}, dump=tmp_path)

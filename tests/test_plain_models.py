@@ -87,6 +87,16 @@ def test_a_graph_module_is_a_model(own_cache):
     decodes_exactly(model, kvcompile.compile(graph, SPEC))
 
 
+@pytest.mark.parametrize("wrap", [lambda logits: {"logits": logits}, lambda logits: [logits], lambda logits: (logits, None)])
+def test_logits_may_come_in_a_dict_a_list_or_a_tuple(wrap, own_cache):
+    class Wrapped(plain_models.NanoGPT):
+        def forward(self, idx):
+            return wrap(super().forward(idx))
+
+    torch.manual_seed(0)
+    assert kvcompile.compile(Wrapped().eval(), SPEC).verification.full.greedy_agreement == 1.0
+
+
 def exported(model: torch.nn.Module, dynamic: bool = True) -> torch.export.ExportedProgram:
     shapes = ({1: Dim("tokens", min=2, max=100)},) if dynamic else None
     with torch.no_grad():

@@ -168,8 +168,72 @@ def test_layers_with_their_own_window_keep_it(graphs: list[torch.fx.GraphModule]
     full, _ = generate(compiled(model, {**MIXED, "heads": [{"policy": "near", "layers": [0, 1]}]}), prompt())
     assert torch.equal(full, want)
     torch._dynamo.reset()
-    generate(compiled(model, {**MIXED, "heads": [{"policy": "near"}]}), prompt())
+    with pytest.warns(UserWarning, match="the kvcompile backend: 2 layers keep the model's own window or chunk whatever the policy."):
+        generate(compiled(model, {**MIXED, "heads": [{"policy": "near"}]}), prompt())
     assert [len(graph.graph.find_nodes(op="call_function", target=ATTEND_BANDED)) for graph in graphs[-1:]] == [1]
+
+
+class Windowed(nn.Module):
+    """An attention with a window of its own in its mask and no configuration to tell of it."""
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        own_S1 = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None]
+        key_T = torch.arange(key.shape[2])
+        mask = (key_T <= own_S1) & (key_T > own_S1 - 12)
+        return F.scaled_dot_product_attention(query, key, key, attn_mask=mask[None, None])
+
+
+@pytest.mark.parametrize("queries", [1, PROMPT])
+def test_a_mask_that_nothing_is_known_of_stays_dense(queries: int, graphs: list[torch.fx.GraphModule]) -> None:
+    """The mask of one query shows a window's start as it shows the end of padding: the wrong tokens would be sinks."""
+    key = torch.randn(1, 2, PROMPT, 16, generator=torch.Generator().manual_seed(1))
+    query = key[:, :, -queries:]
+    spec = {**MIXED, "heads": [{"policy": "near"}]}
+    with torch.no_grad(), pytest.warns(UserWarning, match="leaves the attention") as said:
+        found = torch.compile(Windowed(), backend="kvcompile", options={"spec": spec})(query, key)
+    assert str(said[0].message).endswith(
+        "reading every token: no configuration of the model tells whether its mask holds a window of its own."
+    )
+    assert torch.equal(found, Windowed()(query, key))
+
+
+def test_the_configuration_is_found_in_a_part(graphs: list[torch.fx.GraphModule]) -> None:
+    """A model within a module of the caller's: its masks are only of padding, its attentions are rewritten."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = loud_llama()
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return self.inner(ids, attention_mask=mask, use_cache=False).logits
+
+    mask = torch.ones(1, PROMPT, dtype=torch.int64)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        torch.compile(Wrapped().eval(), backend="kvcompile", options={"spec": MIXED})(prompt(), mask)
+    assert [len(graph.graph.find_nodes(op="call_function", target=ATTEND_BANDED)) for graph in graphs] == [2]
+
+
+class Layers(nn.Module):
+    """Three attentions, of which the first is spelt out."""
+
+    def forward(self, query: Tensor) -> Tensor:
+        hidden = query.shape[2]
+        logits = query @ query.transpose(-1, -2) / 4
+        query = logits.masked_fill(torch.ones(hidden, hidden, dtype=torch.bool).triu(1), -1e9).softmax(-1) @ query
+        query = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+        return F.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_layers_count_attentions_that_are_left_alone_too(layer: int, graphs: list[torch.fx.GraphModule]) -> None:
+    query = torch.randn(1, 2, PROMPT, 16, generator=torch.Generator().manual_seed(1))
+    spec = {**MIXED, "heads": [{"policy": "near", "layers": [layer]}]}
+    with torch.no_grad(), pytest.warns(UserWarning, match="it is spelt out as products and a softmax"):
+        torch.compile(Layers(), backend="kvcompile", options={"spec": spec})(query)
+    called = [node.target for node in graphs[0].graph.nodes if node.target in (F.scaled_dot_product_attention, ATTEND_BANDED)]
+    assert [target is ATTEND_BANDED for target in called] == [layer == 1, layer == 2]
 
 
 def test_any_module_with_sdpa(graphs: list[torch.fx.GraphModule]) -> None:

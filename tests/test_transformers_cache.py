@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 import kvcompile
 from kvcompile.ir.errors import KvcompileError, SessionError, SpecError, UnsupportedGraphError
+from kvcompile.sweep.tiny import build_tiny
 from kvcompile.transformers_cache import NAME, attention_sites
 
 SHORT_RING = {**MIXED, "policies": {"near": {**MIXED["policies"]["near"], "rollback": 6}}}  # type: ignore[index]
@@ -89,6 +90,65 @@ def test_dynamo_compiles_the_model_whole_and_no_more_after_the_first_step() -> N
         got = model.generate(prompt(), past_key_values=kvcompile.Cache(model, spec=MIXED), max_new_tokens=100, do_sample=False)
     assert torch.equal(got[:, PROMPT : PROMPT + want.shape[1]], want)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_compiled_graph_may_copy_the_count() -> None:
+    """AOTAutograd makes what is written in place functional: the operator gets a copy, which is copied back after the graph."""
+    model = loud_llama()
+    ids = prompt(20)
+    want = logits(model, ids, kvcompile.Cache(model, spec=MIXED))
+    cache = kvcompile.Cache(model, spec=MIXED)
+    model.compile(backend="aot_eager", fullgraph=True)
+    found = [logits(model, ids[:, :12], cache)]
+    assert cache.get_seq_length() == 12
+    found += [logits(model, ids[:, [place]], cache) for place in range(12, 20)]
+    assert cache.state.tolist()[1] == cache.get_seq_length() == 20
+    assert (torch.cat(found, 1) - want).abs().max() < 1e-5
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_count_that_was_lost_is_refused() -> None:
+    model = loud_llama()
+    cache = kvcompile.Cache(model, spec=FULL)
+    ids = prompt(20)
+    want = logits(model, ids, cache)
+    cache.state[1] = 0
+    assert error(SessionError, lambda: logits(model, ids, cache)) == (
+        "kvcompile.Cache: the compiled model counts 0 tokens, the cache holds 20: what a call wrote to the count was lost.\n"
+        "  Call reset() or crop(), which set the count anew; if it happens again, use another backend of torch.compile."
+    )
+    cache.crop(-5)
+    assert (logits(model, ids[:, 15:], cache) - want[:, 15:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_mask_that_is_not_causal_is_refused(how: str) -> None:
+    """Tokens of an image see each other (token_type_ids); text alone runs as before."""
+    model: Any = build_tiny("gemma3").model
+    ids = torch.randint(10, 200, (1, 20), generator=torch.Generator().manual_seed(1))
+    image = torch.zeros_like(ids)
+    image[0, 2:7] = 1
+    model.set_attn_implementation("sdpa")
+    want = logits(model, ids, None)
+    assert (logits(model, ids, None, token_type_ids=image) - want).abs().max() > 0.1
+    cache = kvcompile.Cache(model, spec={**FULL, "target": {"kernels": "torch"}})
+    if how == "compiled":
+        model.compile(backend="eager")
+    assert (logits(model, ids, cache) - want).abs().max() < 1e-4
+    cache.reset()
+    said = error(SessionError, lambda: logits(model, ids, cache, token_type_ids=image))
+    assert said.startswith("kvcompile.Cache: the model's attention mask uses blockwise_overlay: a token would see more or less than")
+    assert cache.get_seq_length() == 0
+
+
+def test_masks_with_chunks_break_the_graph_and_are_let_through() -> None:
+    """Their chunks start behind the padding, a tensor that Dynamo cannot give to a check of names."""
+    model: Any = build_tiny("llama4_text").model
+    ids = torch.randint(10, 200, (1, 20), generator=torch.Generator().manual_seed(1))
+    want = logits(model, ids, None)
+    cache = kvcompile.Cache(model, spec={**FULL, "target": {"kernels": "torch"}})
+    model.compile(backend="eager")
+    assert (logits(model, ids, cache) - want).abs().max() < 1e-4
 
 
 @pytest.mark.slow
@@ -206,8 +266,10 @@ def test_a_call_without_the_cache_is_refused() -> None:
     model = loud_llama()
     cache = kvcompile.Cache(model, spec=FULL)
     assert error(SessionError, lambda: logits(model, prompt(), None)) == (
-        'kvcompile.Cache: LlamaAttention runs with attention implementation "kvcompile_cache" and without a kvcompile.Cache.\n'
-        "  Pass past_key_values=kvcompile.Cache(model, spec=...), or call model.set_attn_implementation('sdpa')."
+        'kvcompile.Cache: LlamaAttention runs with attention implementation "kvcompile_cache" on keys that no kvcompile.Cache gave it: '
+        "it was called without one, or it changes the keys between the cache and the attention.\n"
+        "  Pass past_key_values=kvcompile.Cache(model, spec=...).  If you did, the model cannot run with it: use kvcompile.compile, "
+        "or call model.set_attn_implementation('sdpa')."
     )
     mask = torch.ones(1, 1, PROMPT, PROMPT, dtype=torch.bool)
     assert "was given an attention mask of its own" in error(SessionError, lambda: logits(model, prompt(), cache, attention_mask=mask))

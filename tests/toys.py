@@ -4,7 +4,7 @@ llama, gpt_oss, gemma2, gemma3   transformers' classes with random weights
 planted                          a sink and a retrieval head that can be lost, and the answer with them
 nanogpt, gated, sliced_table, shared_values   plain modules on scaled_dot_product_attention
 convolution                      a causal filter of each channel behind the last attention
-centred_convolution, running_sum, spelt_out   what has to be refused
+centred_convolution, running_sum, pairs   what has to be refused; spelt_out: attention by hand
 """
 
 from __future__ import annotations
@@ -315,6 +315,18 @@ def centred_convolution() -> nn.Module:
 def running_sum() -> nn.Module:
     torch.manual_seed(0)
     return RunningSum().eval()
+
+
+class Pairs(Mixed):
+    """Every pair of tokens compared, without a softmax: linear attention as it is written for training."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + (x @ x.transpose(1, 2)).tril() @ x
+
+
+def pairs() -> nn.Module:
+    torch.manual_seed(0)
+    return Pairs().eval()
 
 
 def spelt_out() -> nn.Module:

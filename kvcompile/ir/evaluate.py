@@ -56,11 +56,11 @@ def evaluate_nodes(
     known: Mapping[torch.fx.Node, Any],
     *,
     compute: torch.dtype | None = None,
-    arguments: Mapping[torch.fx.Node, tuple[Any, ...]] | None = None,
+    arguments: Mapping[torch.fx.Node, tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
 ) -> list[Any]:
     """The values of `nodes` from those of `known` nodes and the graph's own constants.
 
-    arguments: other arguments for some nodes, to see what a constant does.
+    arguments: other arguments and keywords for some nodes, to see what a constant does.
     compute: every floating number is of this dtype, whatever the graph casts to: rounding would blur a scale.
     Raises LookupError where an input is needed that is not known, FakeConstantError where a constant has no numbers.
     """
@@ -74,8 +74,8 @@ def evaluate_nodes(
         elif node.op != "call_function":
             raise LookupError(node.name)
         else:
-            given = (arguments or {}).get(node, node.args)
-            positional, keywords = torch.fx.node.map_aggregate((given, dict(node.kwargs)), lambda item: _argument(item, values, compute))
+            given = (arguments or {}).get(node, (node.args, dict(node.kwargs)))
+            positional, keywords = torch.fx.node.map_aggregate(given, lambda item: _argument(item, values, compute))
             values[node] = node.target(*positional, **keywords)
         if compute is not None:
             values[node] = _as_dtype(values[node], compute)

@@ -30,7 +30,7 @@ def test_a_models_own_window_wins_and_is_told():
     assert [group.policy.zones for group in sliding.groups] == [(SinkRecent(0, 8),)] * len(sliding.groups)
     assert {group.policy.name for group in sliding.groups} == {"window 8"}
     assert [group.policy.name for group in full.groups] == ["short", "full"]
-    assert unit.plan.notes == ("1 layers keep the model's own sliding window whatever the policy",)
+    assert unit.plan.notes == ("1 layers keep the model's own window or chunk whatever the policy",)
 
 
 @pytest.mark.parametrize(("tied", "factor"), [(False, 2), (True, 1)])

@@ -68,6 +68,10 @@ MIXINGS = {
     "a product over tokens": (lambda x: x @ (x.transpose(1, 2) @ x), "matmul sums over tokens"),
     "an einsum over tokens": (lambda x: x @ torch.einsum("bsd,bse->bde", x, x), "matmul sums over tokens"),
     "an einsum of three": (lambda x: torch.einsum("bsd,bsd,bte->bse", x, x, x), "einsum is not known to be token-wise"),
+    "tokens repeated, whatever the dimension": (
+        lambda x: x.transpose(1, 2).repeat_interleave(2).view(1, 16, -1, 2)[..., 0].transpose(1, 2),
+        "repeat_interleave works on the flattened tensor",
+    ),
     "copies in another order": (
         lambda x: (x[0].repeat(3, 1).view(3, -1, 16) + x[0].repeat_interleave(3, 0).view(3, -1, 16)).sum(0, keepdim=True),
         "view deals a token's numbers out to others",

@@ -11,7 +11,7 @@ from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import UnsupportedGraphError
 from kvcompile.ir.show import node_text
 from kvcompile.passes import huggingface
-from kvcompile.passes.huggingface import MaskRecorder, attention_as_nodes, is_huggingface
+from kvcompile.passes.huggingface import MaskRecorder, attention_as_nodes, foreign_mask, is_huggingface
 from kvcompile.passes.trace import trace
 
 
@@ -103,6 +103,15 @@ def test_another_kind_of_mask_is_refused_by_its_name():
     assert str(caught.value) == (
         "trace: the model's attention mask uses bidirectional_mask_function.\n  Built: causal, sliding-window and chunked masks."
     )
+
+
+def test_foreign_masks_are_found_however_deep():
+    from transformers.masking_utils import and_masks, blockwise_overlay, causal_mask_function, or_masks, sliding_window_overlay
+
+    sliding = and_masks(sliding_window_overlay(4), causal_mask_function)
+    assert foreign_mask(causal_mask_function) == foreign_mask(sliding) == ""
+    image = or_masks(causal_mask_function, blockwise_overlay(torch.zeros(1, 3, dtype=torch.int64)))
+    assert foreign_mask(and_masks(sliding_window_overlay(4), image)) == "blockwise_overlay"
 
 
 def test_chunks_of_masks_are_recorded_and_marked():

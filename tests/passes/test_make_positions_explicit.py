@@ -92,6 +92,14 @@ def test_whatever_counts_tokens_becomes_positions(how):
     assert not torch.allclose(here, there, atol=1e-3), "a token alone knows its position"
 
 
+@pytest.mark.parametrize("count", [lambda ids: (ids == 7).long().cumsum(1), lambda ids: (ids < 20).long().cumsum(1)])
+def test_a_running_count_of_some_tokens_is_no_position(count):
+    """A document counter is a constant wherever no separator stands."""
+    with pytest.raises(UnsupportedGraphError) as caught:
+        after("check_token_wise", Counting(count).eval())
+    assert "cumsum works along the token dimension" in str(caught.value)
+
+
 def test_positions_that_skip_padding_come_with_a_warning():
     unit = after("make_positions_explicit", Counting(COUNTS["a running sum of what is no padding"]).eval())
     assert unit.warnings == ("the model's positions skip token 1; a session counts it like any other token",)

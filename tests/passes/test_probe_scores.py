@@ -27,7 +27,7 @@ PLAIN = ScoreFacts(0.25, None, None, None, ())
     ids=str,
 )
 def test_the_facts_of_a_function_are_found(facts):
-    assert probe_scores(facts.weigh, heads=3).equals(facts)
+    assert probe_scores(facts.weigh, heads=3).agrees(facts, 40)
 
 
 def test_how_it_is_written_does_not_matter():
@@ -42,7 +42,7 @@ def test_how_it_is_written_does_not_matter():
             -1, keepdim=True
         )
 
-    assert probe_scores(weigh, heads=2).equals(replace(PLAIN, slopes=(0.5, 0.125)))
+    assert probe_scores(weigh, heads=2).agrees(replace(PLAIN, slopes=(0.5, 0.125)), 40)
 
 
 def _two_scales(scores):
@@ -108,3 +108,9 @@ def test_a_visible_set_is_a_window_or_a_chunk():
     assert visible_set(PLAIN.weigh(zero)) == (None, None)
     assert visible_set(replace(PLAIN, sliding_window=6).weigh(zero)) == (6, None)
     assert visible_set(replace(PLAIN, chunk_tokens=6).weigh(zero)) == (None, 6)
+
+
+def test_windows_wider_than_the_tokens_compared_are_none():
+    wide, wider = replace(PLAIN, sliding_window=43), replace(PLAIN, sliding_window=44)
+    assert wide.agrees(PLAIN, 40) and wide.agrees(wider, 40)
+    assert not wide.agrees(PLAIN, 44)

@@ -32,6 +32,15 @@ def test_half_precision_is_probed_in_float32():
     probe_segments(after("outline_segments", toys.llama(layers=1).to(torch.bfloat16)).graph, None)
 
 
+def test_words_that_are_masked_out_pass():
+    class Masked(toys.Mixed):
+        def forward(self, ids):
+            return super().forward(ids).masked_fill(torch.arange(32) > 20, -torch.inf)
+
+    torch.manual_seed(0)
+    probe_segments(outlined(Masked()), None)
+
+
 def refusal(mix) -> str:
     class Model(toys.Mixed):
         def mix(self, x):

@@ -27,6 +27,9 @@ class Attention(nn.Module):
         self.words, self.head = nn.Embedding(32, HEADS * DIM), nn.Linear(HEADS * DIM, 32)
         self.q, self.k, self.v = nn.Linear(HEADS * DIM, HEADS * DIM), *(nn.Linear(HEADS * DIM, kv_heads * DIM) for _ in range(2))
         self.register_buffer("table", torch.tril(torch.ones(300, 300)).bool())
+        self.register_buffer("short", self.table & ~torch.tril(self.table, -200))
+        self.register_buffer("long", torch.tril(torch.ones(2500, 2500)).bool() & ~torch.tril(torch.ones(2500, 2500), -2400).bool())
+        self.register_buffer("bound", torch.tensor(300))
 
     def forward(self, ids):
         x = self.words(ids)
@@ -158,39 +161,102 @@ def _of_memory(self, q, k, v):
     )
 
 
+def _clamped_alibi(self, q, k, v):
+    where = torch.arange(q.shape[2])
+    bias = -0.05 * (where[:, None] - where).clamp(0, 100)
+    return ((q @ k.transpose(-1, -2)) + bias).masked_fill(_hidden(q.shape[2]), -math.inf).softmax(-1) @ v
+
+
+def _scaled_far_away(self, q, k, v):
+    factor = (torch.arange(q.shape[2]) / 300).clamp(1.0)
+    return ((q @ k.transpose(-1, -2)) * factor[:, None]).masked_fill(_hidden(q.shape[2]), -math.inf).softmax(-1) @ v
+
+
+def _of_the_first_token(self, q, k, v):
+    factor = 1.0 + 0.5 * (k[0, 0, 0, 0] > 0)
+    return (q @ k.transpose(-1, -2) * factor).masked_fill(_hidden(q.shape[2]), -math.inf).softmax(-1) @ v
+
+
+def _by_table(name):
+    def attend(self, q, k, v):
+        table = getattr(self, name)
+        return torch.where(table[: q.shape[2], : q.shape[2]], q @ k.transpose(-1, -2), -1e9).softmax(-1) @ v
+
+    return attend
+
+
 REFUSED = {
     "without a causal mask": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v),
     "with dropout": lambda self, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1),
     "with a mask that depends on the tokens": _content_mask,
-    "mixes its scores with something else that depends on the tokens": _content_bias,
+    "because add mixes its scores with something else that depends on the tokens": _content_bias,
+    "because mul_1 mixes its scores with something else that depends on the tokens": _of_the_first_token,
     "has 3 uses": _twice,
     "several constants bound what it sees": _two_bounds,
     "holds other keys or values than the call's own tokens'": _of_memory,
     "a query sees keys behind itself": lambda self, q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) @ v,
-    "it sees less than all of 300 earlier tokens": None,
+    "is not what it does at 300 tokens": _by_table("short"),
+    "its table of 2500 rows says more than can be read from its first": _by_table("long"),
+    "a bias depends on more than the distance of query and key": _clamped_alibi,
+    "on random scores": _scaled_far_away,
 }
 
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_is_not_understood_is_refused_by_its_node(why):
-    attend = REFUSED[why]
-    if attend is None:  # a window that only a table tells
-
-        def attend(self, q, k, v):
-            return _table(self, q, k, v)
-
-        model = Attention(attend).eval()
-        model.table &= ~torch.tril(torch.ones(300, 300), -200).bool()
-        with pytest.raises(UnsupportedGraphError) as caught:
-            CanonicaliseAttention().run(traced(model))
-        text = str(caught.value)
-    else:
-        text = refusal(attend)
+    text = refusal(REFUSED[why])
     assert text.startswith("canonicalise_attention: ")
-    assert "test_rewrite_attention.py:" in text.splitlines()[0], "the line of the model's own code"
     assert ": an attention that kvcompile does not recognise, " in text
+    assert "test_rewrite_attention.py:" in text.splitlines()[0], "the line of the model's own code"
     assert why in text
     assert text.endswith("\n  Recognised: softmax(scale * q @ k^T, capped, with ALiBi, under a causal, sliding or chunked mask) @ v.")
+
+
+@pytest.mark.parametrize(
+    "bounded",
+    [
+        lambda self, distance: distance < 300,
+        lambda self, distance: distance.float() < 300.0,
+        lambda self, distance: distance < self.bound,
+        lambda self, distance: ~(distance >= torch.full((1, 1), 300)),
+        lambda self, distance: -distance > -300,
+        lambda self, distance: distance.clamp(max=1000) <= 299,
+    ],
+)
+def test_a_far_window_is_found_however_it_is_written(bounded):
+    def attend(self, q, k, v):
+        where = torch.arange(q.shape[2])
+        distance = where[:, None] - where
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & bounded(self, distance))
+
+    (site,) = after("canonicalise_attention", Attention(attend).eval()).sites
+    assert site.sliding_window == 300
+
+
+@pytest.mark.parametrize("window", [39, 40, 41, 43, 46, 47, 48])
+def test_windows_near_the_number_of_tokens_probed_are_found(window):
+    def attend(self, q, k, v):
+        where = torch.arange(q.shape[2])
+        distance = where[:, None] - where
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < window))
+
+    (site,) = after("canonicalise_attention", Attention(attend).eval()).sites
+    assert site.sliding_window == window
+
+
+def test_keys_and_values_of_different_groups_keep_both_apart():
+    class Uneven(Attention):
+        def __init__(self):
+            super().__init__(None, kv_heads=2)
+            self.v = nn.Linear(HEADS * DIM, HEADS * DIM)
+
+        def forward(self, ids):
+            x = self.words(ids)
+            q, k, v = (part(x).unflatten(2, (-1, DIM)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            return self.head(x + _by_hand(self, q, k.repeat_interleave(2, 1), v).transpose(1, 2).reshape(x.shape))
+
+    (site,) = after("canonicalise_attention", Uneven().eval()).sites
+    assert site.kv_heads == 4
 
 
 def test_a_mask_of_one_length_is_refused_when_it_is_traced():
