@@ -233,7 +233,7 @@ def _positions_within(index: torch.fx.Node, input_ids: torch.fx.Node, position_i
         (found,) = evaluate_nodes([index], known)
     except FakeConstantError:
         return None
-    (along,) = [dim for dim, size in enumerate(found.shape) if size == rows + 1] or [None]
+    along = next((dim for dim, size in enumerate(found.shape) if size == rows + 1), None)
     if along is None:
         return None
     outside = ((found < 0) | (found >= rows)).movedim(along, 0).reshape(rows + 1, -1).any(1).nonzero()

@@ -245,9 +245,7 @@ def _facts(node: torch.fx.Node, weigh: _Weigh, lead: tuple[int, ...], cone: set[
             raise UnknownScores("it changes with the number of tokens")
         if facts.sliding_window is None and facts.chunk_tokens is None:
             facts = _with_far_bound(facts, weigh, heads, cone)
-        tokens = _far_tokens(heads, cone)
-        _check_far(facts, weigh, heads, tokens)
-        _check_tables(facts, cone, tokens)
+        _check_tables(facts, cone, _check_far(facts, weigh, heads, _far_tokens(heads, cone)))
     except UnknownScores as error:
         raise _refuse(node, str(error)) from error
     except (RuntimeError, IndexError) as error:  # a size that was written into the graph
@@ -343,13 +341,19 @@ def _is_table(node: torch.fx.Node) -> bool:
     return node.op == "get_attr" and fake_value(node).dim() >= 2 and fake_value(node).shape[-1] == fake_value(node).shape[-2]
 
 
-def _check_far(facts: ScoreFacts, weigh: _Weigh, heads: int, tokens: int) -> None:
-    """The facts, on random scores, for as many tokens as memory allows."""
+def _check_far(facts: ScoreFacts, weigh: _Weigh, heads: int, tokens: int) -> int:
+    """The facts, on random scores, for `tokens` tokens, or fewer where a table that the cone reads has no more rows; how many."""
     generator = torch.Generator().manual_seed(1)
     scores = torch.randn(heads, tokens, tokens, generator=generator, dtype=torch.float64) * (2.0 / facts.scale)
-    difference = float((weigh(scores.clone()) - facts.weigh(scores)).abs().max())
+    try:
+        difference = float((weigh(scores.clone()) - facts.weigh(scores)).abs().max())
+    except IndexError:
+        if tokens <= 2 * PROBE_TOKENS:
+            raise
+        return _check_far(facts, weigh, heads, tokens // 2)
     if not difference <= TOLERANCE:
         raise UnknownScores(f"what it does near by ({facts}) is not what it does at {tokens} tokens")
+    return tokens
 
 
 def _compares(node: torch.fx.Node) -> bool:

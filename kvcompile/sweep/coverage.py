@@ -67,8 +67,8 @@ def coverage_text(results: Sequence[FamilyResult], facts: Mapping[str, str]) -> 
         f"torch and eager segments: what is proved is that the graph was understood; tests/ hold the generated kernels against the same "
         f"oracle), and read {TOKENS} tokens long, prefill in chunks and then token by token: with policy `full` against the eager "
         f"original, with {STREAMING.describe()} tokens (`streaming`) against a float64 oracle. Errors are the largest absolute "
-        f"difference of a logit in float32; up to {TOLERANCE:.0e} works, and in proportion less where a model scales its logits down to a deviation "
-        f"below 1.",
+        f"difference of a logit in float32; up to {TOLERANCE:.0e} works, and in proportion less where a model scales its logits "
+        f"down to a deviation below 1.",
         "",
         *_table(("status", "families", "meaning"), ((status, str(numbers[status]), _MEANING[status]) for status in STATUSES)),
         "",

@@ -34,7 +34,8 @@ WORKS: dict[str, set[str]] = {
     "roberta": set(),  # positions from the padding token
     "smollm3": {"GQA", "NoPE"},
 }
-FRONT_ENDS = {"bart": "sdpa"}  # the others: the attention interface, or what is spelt out beside it
+# the others: the attention interface
+FRONT_ENDS = {"bart": "sdpa", **dict.fromkeys(("bloom", "codegen", "falcon", "gpt_neo", "mpt"), "products")}
 OLDER_FRONT_ENDS = {("opt", "sdpa")}  # of transformers 5.17, where it gives its attention a mask of ones itself
 FEATURES = {"MLA", "MQA", "GQA", "window", "chunks", "ALiBi", "soft cap", "learnt sinks", "partial rotary", "NoPE", "MoE", "convolution"}
 
@@ -57,5 +58,6 @@ def test_a_family_whose_tokens_look_ahead_is_refused_by_node() -> None:
     assert found.reason.startswith(("trace: ", "canonicalise_attention: ", "check_token_wise: "))
 
 
-def test_the_sample_covers_every_feature() -> None:
+def test_the_sample_covers_every_feature_and_front_end() -> None:
     assert set().union(*WORKS.values()) == FEATURES
+    assert {FRONT_ENDS.get(name, "interface") for name in WORKS} == {"interface", "sdpa", "products"}
