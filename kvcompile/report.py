@@ -138,6 +138,8 @@ def plan_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
         beyond = [format_tokens(context) for context in contexts if context > plan.context_tokens]
         made_for = f"the model was made for {format_tokens(plan.context_tokens)} tokens"
         remarks.append(f"{made_for}; bytes at {', '.join(beyond)} are computed all the same" if beyond else made_for)
+    if plan.position_rows is not None:
+        remarks.append(f"the model has learnt positions for {plan.position_rows} tokens: no session can be longer")
     return [*remarks, *_convolution_remarks(plan), *(f"note: {note}" for note in plan.notes)]
 
 

@@ -73,9 +73,27 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers is not fo
             _select_attention(model)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values themselves, marked for the attention, which appends them."""
+        """The new keys and values themselves, marked for the attention, which appends them.
+
+        Raises SessionError where the layer before did not attend over this cache, or the model has more layers than it was made for.
+        """
+        if not torch.compiler.is_compiling():
+            self._check_layer(layer_idx)
         setattr(key_states, _MARK, self.state)
         return key_states, value_states
+
+    def _check_layer(self, layer: int) -> None:
+        if layer >= len(self._sequences.model.plan.sites):
+            what = f"layer {layer} was given to a cache of {len(self._sequences.model.plan.sites)} layers."
+            raise SessionError(Problem(_WHERE, what, "Make a Cache of the model that runs with it."))
+        if layer > 0 and not self._sequences.expects(layer):
+            raise SessionError(
+                Problem(
+                    _WHERE,
+                    f'layer {layer - 1} did not attend over this cache: the model\'s attention implementation is not "{NAME}".',
+                    f"Make a Cache of the model that runs with it, or call model.set_attn_implementation({NAME!r}).",
+                )
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens that the sequences have read, padding included; while it is compiled, as a tensor."""

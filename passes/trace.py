@@ -207,9 +207,12 @@ def _export(call: nn.Module) -> ExportedProgram:
         if _FIXED not in str(first):
             mend = "Its forward must be traceable for a varying number of tokens, without a KV cache."
             raise UnsupportedGraphError(Problem("trace", what, mend)) from first
+        mixers = _mixers_of_fixed_length(call, device)
+        if mixers:
+            raise FixedLengthError(*mixers) from first
         mend = "Take sizes from `ids.shape[1]`; a program of torch.export needs dynamic_shapes={1: torch.export.Dim('tokens')}."
         what = f"torch.export could not trace {name}: it is fixed to one number of tokens."
-        raise FixedLengthError(*_mixers_of_fixed_length(call, device), Problem("trace", what, mend)) from first
+        raise FixedLengthError(Problem("trace", what, mend)) from first
 
 
 def _mixers_of_fixed_length(call: nn.Module, device: torch.device) -> list[Problem]:

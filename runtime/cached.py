@@ -84,6 +84,10 @@ class CachedSequences:
             call.layer += 1
         return out
 
+    def expects(self, layer: int) -> bool:
+        """Whether the layers before `layer` have attended in this call."""
+        return self._call is not None and self._call.layer == layer
+
     def _check_count(self, counted: int) -> None:
         """The model has computed positions from what `state` counts."""
         if counted != self._tokens:

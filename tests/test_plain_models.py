@@ -124,7 +124,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path):
     (tmp_path / "broken.pt2").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(ModelError) as caught:
         kvcompile.compile(tmp_path / "broken.pt2", SPEC)
-    assert "broken.pt2 cannot be read: " in str(caught.value)
+    assert "broken.pt2 cannot be read as a program of torch.export: " in str(caught.value)
     assert str(caught.value).endswith("\n  Save it again with torch.export.save.")
 
 

@@ -287,7 +287,7 @@ def test_misuse_is_refused() -> None:
     attend = model.model.layers[1].self_attn
     rotation = model.model.rotary_emb(tensor, torch.zeros(1, 1, dtype=torch.int64))
     said = error(SessionError, lambda: attend(torch.zeros(1, 1, 64), rotation, None, past_key_values=cache))
-    assert "layer 1 is called where layer 0 should be." in said
+    assert "layer 0 did not attend over this cache" in said
 
 
 def test_what_a_spec_cannot_mean_here_is_refused() -> None:
@@ -317,3 +317,25 @@ def test_import_kvcompile_needs_no_transformers(tmp_path: Path) -> None:
     source = "import sys, kvcompile; print('transformers' in sys.modules, 'Cache' in dir(kvcompile))"
     ran = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["False", "True"]
+
+
+def test_a_cache_that_nobody_attends_over_is_an_error():
+    """The keys that it hands on are the new ones alone: another attention would silently forget everything."""
+    model = toys.llama(layers=2)
+    cache = kvcompile.Cache(model, spec={"kvcompile": 1})
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(SessionError) as caught:
+        model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
+    assert str(caught.value) == (
+        "kvcompile.Cache: layer 0 did not attend over this cache: the model's attention implementation is not \"kvcompile_cache\".\n"
+        "  Make a Cache of the model that runs with it, or call model.set_attn_implementation('kvcompile_cache')."
+    )
+
+
+def test_a_cache_of_another_model_is_an_error():
+    cache = kvcompile.Cache(toys.llama(layers=1), spec={"kvcompile": 1})
+    model = toys.llama(layers=2)
+    model.set_attn_implementation("kvcompile_cache")
+    with pytest.raises(SessionError) as caught:
+        model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
+    assert str(caught.value).startswith("kvcompile.Cache: layer 1 was given to a cache of 1 layers.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.export import ExportedProgram
+
+
+@contextmanager
+def without_logs() -> Iterator[None]:
+    """torch.export logs a traceback of every way in which it tried to read a file."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def as_module(program: ExportedProgram) -> nn.Module:
@@ -57,10 +71,11 @@ class ExportedModel(OpenedModel):
         if self.source.dtype is not None:
             raise self.error("a .pt2 file has a dtype already.", "Leave `dtype` out, and export the model in the dtype that you want.")
         try:
-            with unset_fake_temporarily():
+            with unset_fake_temporarily(), without_logs():
                 return as_module(torch.export.load(self.file))
         except Exception as error:  # zip, JSON, torch: each has its own kinds of error
-            raise self.error(f"{self.file} cannot be read: {first_line(error)}", "Save it again with torch.export.save.") from error
+            what = f"{self.file} cannot be read as a program of torch.export: {first_line(error)}"
+            raise self.error(what, "Save it again with torch.export.save.") from error
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         return self._module

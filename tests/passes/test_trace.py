@@ -159,7 +159,6 @@ def test_a_loop_over_tokens_is_refused_by_the_node_that_mixes_them():
 
     with pytest.raises(UnsupportedGraphError) as caught:
         trace(Loop().eval())
-    first, last = caught.value.problems
+    (first,) = caught.value.problems
     assert first.where.startswith("check_token_wise: select (")
     assert first.what.startswith("select works along the token dimension: f32[1, 16]")
-    assert last.what == "torch.export could not trace Loop: it is fixed to one number of tokens."
