@@ -37,14 +37,14 @@ _UNTAGGED_ELEMENTWISE = frozenset(
     }
 )
 _VIEWS = frozenset({"view", "reshape", "reshape_as", "view_as", "_unsafe_view", "flatten", "unflatten"})
-_MOVES = frozenset({"transpose", "permute", "unsqueeze", "squeeze", "expand", "expand_as", "t", "numpy_T", "movedim", "swapaxes"})
+_MOVES = frozenset({"stack", "transpose", "permute", "unsqueeze", "squeeze", "expand", "expand_as", "t", "numpy_T", "movedim", "swapaxes"})
 _ALONG = frozenset(
     {
         *("softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"),
         *("sum", "mean", "amax", "amin", "prod", "var", "std", "var_mean", "norm", "linalg_vector_norm", "max", "min", "argmax", "argmin"),
         *("cumsum", "cumprod", "sort", "topk", "argsort", "any", "all", "flip", "roll"),
         *("cat", "concat", "slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind", "tensor_split"),
-        *("index_select", "gather", "scatter", "scatter_add", "masked_select", "glu", "repeat_interleave", "stack"),
+        *("index_select", "gather", "scatter", "scatter_add", "masked_select", "glu", "repeat_interleave"),
         *("slice_scatter", "select_scatter"),
     }
 )

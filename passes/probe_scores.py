@@ -64,6 +64,10 @@ class UnknownScores(Exception):
     """Why a function of the scores is not an attention that `kvc.attend` can do, in words."""
 
 
+class LooksAhead(UnknownScores):
+    """A query sees keys behind itself."""
+
+
 def visible(query: Tensor, key: Tensor, window: int | None, chunk: int | None) -> Tensor:
     """Which key each query sees: causal, within the window, within the query's own chunk."""
     seen = key <= query
@@ -106,7 +110,7 @@ def visible_set(weights_HST: Tensor) -> tuple[int | None, int | None]:
     seen = seen_HST[0]
     query, key = _query_and_key(tokens)
     if bool((seen & (key > query)).any()):
-        raise UnknownScores("a query sees keys behind itself: only causal models can be compiled")
+        raise LooksAhead("a query sees keys behind itself: only causal models can be compiled")
     for window in (None, *range(1, tokens)):
         if torch.equal(seen, visible(query, key, window, None)):
             return window, None

@@ -101,7 +101,13 @@ def _float_mask(self, q, k, v):
     )
 
 
+def _shallow(self, q, k, v):
+    seen = self.table[: q.shape[2], : q.shape[2]].float()
+    return ((q @ k.transpose(-1, -2)) * seen + -1e4 * (1 - seen)).softmax(-1) @ v
+
+
 FORMS = {
+    "masked by -10000": (_shallow, 4, {"scale": 1.0}),
     "by hand": (_by_hand, 4, {"scale": 1 / 3}),
     "a mask added, softmax in float32": (_added, 4, {"scale": 1.0}),
     "a table as mask, a dropout": (_table, 4, {"scale": 0.4}),
