@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_traced(t
 
 def test_a_plan_can_be_dumped(tmp_path):
     make_plan(SPEC, module=toys.gated(inner=(16,)), dump=tmp_path)
-    assert (tmp_path / "07-request_kernels.txt").exists()
+    assert list(tmp_path.glob("*-request_kernels.txt"))
 
 
 def test_a_module_brings_the_stop_tokens_of_both_its_configs():
