@@ -169,7 +169,7 @@ SINK = "policies: {mine: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 
             "s.yaml:2: model.path: ./nowhere: does not exist (looked for nowhere).\n  Write a folder, a hub id, a file.gguf,",
         ),
         ("model: {path: gone.gguf}", "s.yaml:2: model.path: gone.gguf: does not exist (looked for gone.gguf)."),
-        ("model: {path: s.yaml}", "s.yaml:2: model.path: s.yaml: is a file of another kind than .gguf."),
+        ("model: {path: s.yaml}", "s.yaml:2: model.path: s.yaml: is a file of another kind than .gguf and .pt2."),
         ("model: {path: .}", "s.yaml:2: model.path: .: is a folder without a config.json."),
         (
             "model: {path: package:no_such_thing/x.gguf}",
