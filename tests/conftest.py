@@ -30,8 +30,11 @@ def own_cache(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypa
     """A cache of the test's own, but for what a compiler made: that is the same for all tests of a run, and takes seconds."""
     folder = tmp_path / "cache"
     folder.mkdir()
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a run's processes share what is above their own folders
+        base = base.parent
     for kind in ("launcher", "kernels", "segments"):
-        shared = tmp_path_factory.getbasetemp() / "binaries" / kind
+        shared = base / "binaries" / kind
         shared.mkdir(parents=True, exist_ok=True)
         (folder / kind).symlink_to(shared)
     monkeypatch.setenv("KVCOMPILE_CACHE_DIR", str(folder))

@@ -35,7 +35,7 @@ def test_everything_is_computed_in_the_dtype_asked_for(graph):
 def test_other_arguments_may_stand_for_a_nodes_own(graph):
     input_ids = next(iter(graph.find_nodes(op="placeholder")))
     rows = named(graph, "slice")
-    arguments = {rows: (rows.args[0], 1, 0, 2)}
+    arguments = {rows: ((rows.args[0], 1, 0, 2), {})}
     (found,) = evaluate_nodes([rows], {input_ids: torch.zeros(1, 9, dtype=torch.long)}, arguments=arguments)
     assert found.shape == (1, 2, 16)
 
