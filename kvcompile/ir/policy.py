@@ -3,12 +3,15 @@
 Visibility, for a query at absolute position p and a key at position j <= p:
   All                      every j
   SinkRecent(s, r)         j < s  or  j > p - r       (r counts the query's own token)
+  TopK, Static             some of s <= j <= p - r, beside the SinkRecent zone of the same policy: which, is found at run time
+A prompt (more than one token in a call) is read with all its past under a policy that has TopK or Static: they are learnt from it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 ITEMSIZE: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -40,14 +43,85 @@ class SinkRecent:
         return f"sink {self.sink_tokens} + recent {self.recent_tokens}"
 
 
-Zone: TypeAlias = All | SinkRecent
+Select: TypeAlias = Literal["per_query_head", "union", "sum", "max"]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The keys that matter most to a query among those that its policy's SinkRecent zone does not show, found by an index.
+
+    k:       how many, or a share (0 to 1) of the tokens that the session has read.
+    index:   name of the index (runtime/indexes/registry.py); options: what the spec gives it.
+    select:  how the query heads that share a KV head choose.  per_query_head: each its own k.  union: all that one of them chose,
+             for all.  sum, max: the k keys with the largest sum, or maximum, of their attention weights.
+    tail:    what is not read is estimated.
+    """
+
+    k: int | float
+    index: str = "flat"
+    options: tuple[tuple[str, Any], ...] = ()
+    select: Select = "union"
+    tail: bool = False
+
+    def tokens(self, context_tokens: int) -> int:
+        """How many keys each query head chooses after `context_tokens` tokens: at least one."""
+        return max(1, math.ceil(self.k * context_tokens) if isinstance(self.k, float) else self.k)
+
+    def describe(self) -> str:
+        k = f"{self.k:.4g} of the tokens" if isinstance(self.k, float) else str(self.k)
+        options = "".join(f" {name}={value}" for name, value in self.options)
+        return f"top {k} by {self.index}{options}, {self.select}{' + tail' if self.tail else ''}"
+
+
+@dataclass(frozen=True)
+class Static:
+    """`keys` tokens that the prompt's last queries attend to most, chosen when the prompt ends: secondary sinks.
+
+    Source: SnapKV (Li et al. 2024, section 3) chooses so; here beside StreamingLLM's zone.
+    """
+
+    keys: int
+
+    def describe(self) -> str:
+        return f"static {self.keys}"
+
+
+Zone: TypeAlias = All | SinkRecent | TopK | Static
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Keys and values of 8 bits: one scale a token and KV head."""
+
+    def describe(self) -> str:
+        return "int8"
+
+
+@dataclass(frozen=True)
+class Kivi:
+    """KIVI (Liu et al. 2024, section 3.2): keys quantised per channel in groups of `group` tokens, values per token in groups of
+    `group` channels; the last tokens stay in full precision: of keys what does not fill `residual_tokens` yet, of values the last
+    `residual_tokens`.
+    """
+
+    bits: Literal[2, 4]
+    group: int = 32
+    residual_tokens: int = 128
+
+    def describe(self) -> str:
+        return f"kivi {self.bits} bits, groups of {self.group}, {self.residual_tokens} residual"
 
 
 @dataclass(frozen=True)
 class Store:
-    """How keys and values are kept.  dtype None: as the model computes them."""
+    """How keys and values are kept.  dtype None: as the model computes them; quantised: of fewer bits than that."""
 
     dtype: DType | None = None
+    quantised: Int8 | Kivi | None = None
+
+    def describe(self) -> str:
+        """A few words; empty where keys and values are kept as the model computes them."""
+        return self.quantised.describe() if self.quantised is not None else self.dtype or ""
 
 
 @dataclass(frozen=True)
@@ -68,3 +142,14 @@ class HeadPolicy:
 
     def __post_init__(self) -> None:
         assert self.zones, f"policy {self.name} has no zone"
+        assert len(self.zones) == 1 or (isinstance(self.zones[0], SinkRecent) and len(self.zones) == 2), self.zones
+
+    @property
+    def found(self) -> TopK | Static | None:
+        """The zone whose keys are found at run time."""
+        return next((zone for zone in self.zones if isinstance(zone, TopK | Static)), None)
+
+    @property
+    def window(self) -> SinkRecent | None:
+        """The zone of sinks and recent tokens."""
+        return next((zone for zone in self.zones if isinstance(zone, SinkRecent)), None)

@@ -45,6 +45,31 @@ class KernelRequest:
 
 
 @dataclass(frozen=True)
+class LookupRequest:
+    """A kernel for one new token a session: it attends over a window, over the keys that a sketch of the others finds, and estimates
+    what is not read.
+
+    Which positions are the window, the sketch, how many keys are chosen and how: given at run time.
+    dtype: of query, new keys and values, and result.  store_dtype: what keys and values are kept in, a token a row.
+    """
+
+    kind: Literal["lookup"]
+    device: str
+    head_dim: int
+    value_dim: int
+    queries_per_kv: int
+    dtype: str
+    store_dtype: str
+    scale: float
+    soft_cap: float | None
+
+    @property
+    def key(self) -> str:
+        """Content hash, 16 hexadecimal digits."""
+        return _content_hash(self)
+
+
+@dataclass(frozen=True)
 class LinearRequest:
     """A kernel for linear layers of at most `max_tokens` tokens: weights [out, in] of `dtype`, any sizes."""
 
@@ -59,7 +84,7 @@ class LinearRequest:
         return _content_hash(self)
 
 
-Request: TypeAlias = KernelRequest | LinearRequest
+Request: TypeAlias = KernelRequest | LookupRequest | LinearRequest
 
 
 def _content_hash(request: Request) -> str:

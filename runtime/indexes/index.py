@@ -1,0 +1,119 @@
+"""What every index of keys can do, how one is made, and how it is kept in a file.
+
+Letters: H KV heads, G queries per KV head, T keys, C queries kept of the prompt, K keys found, D head_dim, E value_dim.
+
+An index serves the KV heads of one site that share a policy, in one session.  It covers the positions [first, end), a multiple of
+BLOCK_TOKENS of them, and is never asked about others.  Queries come multiplied by the attention's scale, so that q.k is the logit
+(before a soft cap), in natural units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from kvcompile.ir.policy import Select
+from kvcompile.runtime.merge import AttentionState
+from kvcompile.runtime.spans import Span
+
+BLOCK_TOKENS = 32  # an index grows by so many tokens at a time
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an index may learn from: the keys and values that it covers, and the queries that were asked before it was made.
+
+    key_HTD, value_HTE: any dtype.  gram_HDD: float32, sum of q q^T over `queries` queries of each KV head; zeros and 0 of none.
+    recent_HCD: float32, the last queries, thinned out; C may be 0.
+    soft_cap: logits become soft_cap * tanh(logits / soft_cap).
+    """
+
+    key_HTD: Tensor
+    value_HTE: Tensor
+    gram_HDD: Tensor
+    queries: int
+    recent_HCD: Tensor
+    queries_per_kv: int
+    soft_cap: float | None = None
+
+
+class Found(NamedTuple):
+    """position_HGK: absolute positions, int64, ascending, -1 at the end of rows that found fewer.  score_HGT: the index's guess of
+    every logit, of an index that has one."""
+
+    position_HGK: Tensor
+    score_HGT: Tensor | None = None
+
+
+class KeyIndex(Protocol):
+    """An index over positions [first, end)."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its user should know of how it was made: sentences."""
+        ...
+
+    def add(self, key_HTD: Tensor, value_HTE: Tensor) -> None:
+        """Covers T more tokens, a multiple of BLOCK_TOKENS, behind the others."""
+        ...
+
+    def search(self, query_HGD: Tensor, k: int, select: Select, keys: Sequence[Span]) -> Found:
+        """The keys that matter most; k >= end - first finds all.  keys: the session's keys, covering [first, end) at least."""
+        ...
+
+    def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
+        """An estimate of the attention over everything covered and not found; None of an index that cannot tell."""
+        ...
+
+    def rollback(self, end: int) -> bool:
+        """Forgets positions from `end` (a multiple of BLOCK_TOKENS behind `first`) on.  False, changing nothing, where it cannot:
+        it is then made anew."""
+        ...
+
+    def fork(self) -> KeyIndex:
+        """An independent index; what does not change is shared."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes that the index holds beside the keys and values themselves."""
+        ...
+
+    def scanned_bytes(self) -> int:
+        """Bytes that one search and `rest` read for all KV heads, before any key is looked at."""
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `IndexKind.restore` makes an equal index from."""
+        ...
+
+
+class IndexKind(Protocol):
+    """One kind of index, as the registry holds it."""
+
+    name: str
+    estimates: bool  # whether `rest` gives an estimate: what `tail: true` asks for
+
+    def check(self, options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+        """Faults of a spec's options as (option, what is wrong, how to mend it); "" names them all."""
+        ...
+
+    def build(self, first: int, prompt: Prompt, options: Mapping[str, Any]) -> KeyIndex:
+        """An index over the prompt's keys, whose first has position `first`."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> KeyIndex:
+        """What `KeyIndex.state` gave."""
+        ...
+
+    def bytes_per_token(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> tuple[float, float]:
+        """Bytes a token and KV head that the index stores, and that a search reads."""
+        ...
