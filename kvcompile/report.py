@@ -214,14 +214,24 @@ def report_compiled(model: CompiledModel, contexts: Sequence[int]) -> list[Path]
 
 
 def write_report(folder: Path, value: Mapping[str, Any], text: str) -> list[Path]:
-    """report.json and report.txt in `folder`, which is made; both new or neither: they are written aside and then moved."""
+    """report.json and report.txt in `folder`."""
+    return write_files(folder, {"report.json": as_json(value), "report.txt": text.rstrip() + "\n"})
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    """A report for programs, as it stands in a file."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def write_files(folder: Path, contents: Mapping[str, str]) -> list[Path]:
+    """Files by name in `folder`, which is made; all new or none: they are written aside and then moved."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
         try:
-            (aside / "report.json").write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            (aside / "report.txt").write_text(text.rstrip() + "\n", encoding="utf-8")
-            for name in ("report.json", "report.txt"):
+            for name, content in contents.items():
+                (aside / name).write_text(content, encoding="utf-8")
+            for name in contents:
                 os.replace(aside / name, folder / name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -229,7 +239,7 @@ def write_report(folder: Path, value: Mapping[str, Any], text: str) -> list[Path
         raise KvcompileError.at(
             str(folder), f"the report cannot be written: {error.strerror or error}.", "Name another folder with -o."
         ) from error
-    return [folder / "report.json", folder / "report.txt"]
+    return [folder / name for name in contents]
 
 
 def _site_dict(site: SitePlan, contexts: Sequence[int]) -> dict[str, Any]:
@@ -242,6 +252,7 @@ def _site_dict(site: SitePlan, contexts: Sequence[int]) -> dict[str, Any]:
                 "zones": [zone.describe() for zone in group.policy.zones],
                 "positions": group.policy.positions,
                 "store_dtype": group.policy.store.dtype or site.site.dtype,
+                "store": group.policy.store.describe() or site.site.dtype,
                 "device": group.device,
                 "kernel": group.request.key if group.request else None,
             }
@@ -252,11 +263,11 @@ def _site_dict(site: SitePlan, contexts: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _policy_counts(site: SitePlan) -> Counter[tuple[str, tuple[str, ...], str | None, str]]:
-    counts: Counter[tuple[str, tuple[str, ...], str | None, str]] = Counter()
+def _policy_counts(site: SitePlan) -> Counter[tuple[str, tuple[str, ...], str, str]]:
+    counts: Counter[tuple[str, tuple[str, ...], str, str]] = Counter()
     for group in site.groups:
         zones = tuple(zone.describe() for zone in group.policy.zones)
-        counts[(group.policy.name, zones, group.policy.store.dtype, group.policy.positions)] += len(group.kv_heads)
+        counts[(group.policy.name, zones, group.policy.store.describe(), group.policy.positions)] += len(group.kv_heads)
     return counts
 
 

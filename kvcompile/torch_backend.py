@@ -92,7 +92,7 @@ def _read_options(options: Mapping[str, Any] | None, other: Mapping[str, Any]) -
     ]
     for name, policy in spec.policies.items():
         for what, asked in (
-            ("store", policy.store.dtype is not None),
+            ("store", bool(policy.store.describe())),
             ("rollback", policy.rollback_tokens),
             ("positions", policy.positions != "absolute"),
         ):

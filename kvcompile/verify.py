@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from kvcompile.diagnose import first_difference, original_logits, original_noise, site_differences, soft_caps_applied
 from kvcompile.ir.errors import Problem, VerificationError
+from kvcompile.ir.indexes import MIN_INDEXED_TOKENS
 from kvcompile.ir.plan import Plan
-from kvcompile.ir.policy import All, HeadPolicy, SinkRecent
+from kvcompile.ir.policy import All, HeadPolicy, Kivi
 from kvcompile.ir.show import graph_text
 from kvcompile.ir.spec import HeadRule, Spec
 from kvcompile.ir.unit import Unit
@@ -38,6 +39,8 @@ from kvcompile.text_ids import text_ids
 STEP_TOKENS = 16
 SHORT_CHUNKS = [3, 5, *[1] * 8]  # of the last STEP_TOKENS: 2 to 4 tokens take other kernels than 1, and than 5
 BESIDE_TOKENS = 4  # the last ones are read beside another session
+LOOKUP_STEPS = 64
+KIVI_CHUNK_TOKENS = 32
 LONGEST_WINDOW = 4096  # a longer sliding window is not filled: its text would take minutes to read on a CPU
 LOGIT_TOLERANCE = {"float64": 1e-6, "float32": 1e-3}  # of a largest logit of 32, in proportion beyond; logits are given as float32
 KL_TOLERANCE = {"float64": 1e-9, "float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-2}  # nats; half precision: the last resort
@@ -212,12 +215,27 @@ def _prefill_and_steps(compiled: CompiledModel, ids: Tensor) -> Tensor:
 
 
 def _approximation(compiled: CompiledModel, full: CompiledModel, tokens: int, room: int) -> Comparison | None:
-    """The spec against full on the last `tokens` of a text two windows longer; None when a window is longer than any text read."""
-    zones = [zone for site in compiled.plan.sites for group in site.groups for zone in group.policy.zones]
-    widest = max((zone.window_tokens for zone in zones if isinstance(zone, SinkRecent)), default=0)
-    length = min(tokens + 2 * widest, room, compiled.plan.context_tokens or room)
+    """The spec against full on the last `tokens` of a text two windows longer; None when a window is longer than any text read.
+
+    A KIVI store quantises what a call has read once it is over: there the spec reads in chunks of KIVI_CHUNK_TOKENS, behind a residual.
+    Where keys are found, which only a token that is generated does, the last LOOKUP_STEPS are read one at a time, behind a prompt that is
+    long enough for an index.
+    """
+    policies = [group.policy for site in compiled.plan.sites for group in site.groups]
+    widest = max((policy.window.window_tokens for policy in policies if policy.window is not None), default=0)
+    residual = max((kivi.residual_tokens for policy in policies if isinstance(kivi := policy.store.quantised, Kivi)), default=0)
+    widest = max(widest, residual)
+    finds = any(policy.found is not None for policy in policies)
+    tokens = LOOKUP_STEPS if finds else tokens
+    length = min(tokens + 2 * max(widest, MIN_INDEXED_TOKENS if finds else 0), room, compiled.plan.context_tokens or room)
     if widest > LONGEST_WINDOW or length < widest + tokens:
         return None
     ids = text_ids(length, compiled.vocabulary, compiled.tokenizer)
-    first, second = (each.session().prefill(ids, logits="all")[-tokens:] for each in (full, compiled))
-    return Comparison.of(first, second)
+    if not finds:
+        session = compiled.session()
+        read = torch.cat([session.prefill(part, logits="all") for part in ids.split(KIVI_CHUNK_TOKENS if residual else length)])
+        return Comparison.of(full.session().prefill(ids, logits="all")[-tokens:], read[-tokens:])
+    session = compiled.session()
+    session.prefill(ids[:-tokens])
+    stepped = torch.stack([session.step(int(each)) for each in ids[-tokens:]])
+    return Comparison.of(full.session().prefill(ids, logits="all")[-tokens:], stepped)

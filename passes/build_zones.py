@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from kvcompile.ir.errors import Problem, SpecError
 from kvcompile.ir.plan import ConvolutionPlan, HeadGroup, Plan, SitePlan
 from kvcompile.ir.policy import HeadPolicy, SinkRecent
 from kvcompile.ir.sites import AttentionSite
@@ -24,6 +25,11 @@ class BuildZones:
     requires: tuple[str, ...] = ("assign_policies",)
 
     def run(self, unit: Unit) -> Unit:
+        for site, policies in zip(unit.sites, unit.policies, strict=True):
+            found = next((policy for policy in policies if policy.found is not None), None)
+            if found is not None and site.slopes and site.own_window is None:
+                what = f"{site.path} adds ALiBi slopes to its logits, which no zone that finds keys knows of."
+                raise SpecError(Problem(unit.spec.where(f"policies.{found.name}.zones"), what, "Use full or streaming for this model."))
         sites = tuple(
             SitePlan(site, _groups(site, [_at_site(policy, site) for policy in policies]))
             for site, policies in zip(unit.sites, unit.policies, strict=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvcompile.ir.errors import CapacityError, Problem
+from kvcompile.ir.errors import CapacityError, Problem, SpecError
 from kvcompile.ir.plan import Plan
-from kvcompile.ir.policy import All
+from kvcompile.ir.policy import HeadPolicy
+from kvcompile.ir.store_bytes import store_problem
 from kvcompile.ir.unit import Unit
 
 DEFAULT_CAPACITY_TOKENS = 32768
@@ -27,6 +28,7 @@ class Place:
     def run(self, unit: Unit) -> Unit:
         plan = unit.plan
         assert plan is not None
+        self._check_stores(unit, plan)
         capacity = min(unit.position_rows or unit.context_tokens or DEFAULT_CAPACITY_TOKENS, 1 << 20)
         sites = tuple(
             replace(
@@ -35,7 +37,7 @@ class Place:
                     replace(
                         group,
                         device=unit.spec.target.device,
-                        capacity_tokens=capacity if any(isinstance(zone, All) for zone in group.policy.zones) else None,
+                        capacity_tokens=capacity if group.policy.window is None or group.policy.found is not None else None,
                     )
                     for group in site.groups
                 ),
@@ -45,6 +47,18 @@ class Place:
         placed = replace(plan, sites=sites)
         self._check_memory(unit, placed, capacity)
         return replace(unit, plan=placed)
+
+    def _check_stores(self, unit: Unit, plan: Plan) -> None:
+        """Quantised stores fit the heads that they are for."""
+        problems: dict[str, Problem] = {}
+        for site in plan.sites:
+            for group in site.groups:
+                found = store_problem(group.policy.store, site.site.head_dim, site.site.value_dim)
+                if found is not None:
+                    where = unit.spec.where(f"policies.{_policy_name(unit, group.policy)}.store")
+                    problems.setdefault(where, Problem(where, f"{site.site.path}: {found[0]}", found[1]))
+        if problems:
+            raise SpecError(*problems.values())
 
     def _check_memory(self, unit: Unit, plan: Plan, capacity: int) -> None:
         limit = unit.spec.target.memory_bytes
@@ -65,3 +79,10 @@ class Place:
     def ensures(self, unit: Unit) -> None:
         assert unit.plan is not None
         assert all(group.device == unit.spec.target.device for site in unit.plan.sites for group in site.groups)
+
+
+def _policy_name(unit: Unit, policy: HeadPolicy) -> str:
+    """As the spec calls it: a layer with a window of its own has another name for it."""
+    return policy.name if policy.name in unit.spec.policies else next(
+        (name for name, other in unit.spec.policies.items() if other.store == policy.store), policy.name
+    )

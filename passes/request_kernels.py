@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from kvcompile.ir.indexes import SKETCH
 from kvcompile.ir.plan import HeadGroup
-from kvcompile.ir.policy import All, SinkRecent
-from kvcompile.ir.request import KernelRequest
+from kvcompile.ir.policy import HeadPolicy, Int8, TopK
+from kvcompile.ir.request import KernelRequest, LookupRequest
 from kvcompile.ir.sites import AttentionSite
+from kvcompile.ir.store_bytes import quantised_in
 from kvcompile.ir.unit import Unit
 
 
 @dataclass(frozen=True)
 class RequestKernels:
-    """One `KernelRequest` for each group of KV heads; equal groups of other layers ask for the same."""
+    """One request for each group of KV heads that a kernel can serve; equal groups of other layers ask for the same."""
 
     name: str = "request_kernels"
     requires: tuple[str, ...] = ("place",)
@@ -28,16 +30,27 @@ class RequestKernels:
 
     def ensures(self, unit: Unit) -> None:
         assert unit.plan is not None
-        assert all(group.request is not None for site in unit.plan.sites for group in site.groups)
+        assert all(group.request is not None or group.policy.found for site in unit.plan.sites for group in site.groups)
 
 
-def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest:
-    (zone,) = group.policy.zones
-    match zone:
-        case All():
-            sink_tokens, recent_tokens = 0, None
-        case SinkRecent():
-            sink_tokens, recent_tokens = zone.sink_tokens, zone.recent_tokens
+def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest | LookupRequest | None:
+    """None for what only torch does: chosen keys, and indexes without a kernel."""
+    found, window = group.policy.found, group.policy.window
+    if found is not None:
+        if not isinstance(found, TopK) or found.index != SKETCH.name or group.policy.store.quantised is not None:
+            return None
+        return LookupRequest(
+            kind="lookup",
+            device=group.device,
+            head_dim=site.head_dim,
+            value_dim=site.value_dim,
+            queries_per_kv=site.queries_per_kv,
+            dtype=site.dtype,
+            store_dtype=group.policy.store.dtype or site.dtype,
+            scale=site.scale,
+            soft_cap=site.soft_cap,
+        )
+    sink_tokens, recent_tokens = (0, None) if window is None else (window.sink_tokens, window.recent_tokens)
     return KernelRequest(
         kind="attend_spans",
         device=group.device,
@@ -55,4 +68,13 @@ def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest:
         chunk_tokens=site.chunk_tokens,
         alibi=bool(site.slopes),
         cache_index=group.policy.positions == "cache_index",
+        store_quantised=_quantised(group.policy),
     )
+
+
+def _quantised(policy: HeadPolicy) -> str:
+    """KernelRequest.store_quantised: nothing of how many tokens stay exact, which is no kernel's business."""
+    quantised = quantised_in(policy.store, policy.window, policy.rollback_tokens)
+    if quantised is None:
+        return ""
+    return "int8" if isinstance(quantised, Int8) else f"kivi {quantised.bits} {quantised.group}"

@@ -119,6 +119,7 @@ class CachedSequences:
 
     def _finish(self, call: _Call, state: Tensor) -> None:
         for session, length in zip(self._sessions, call.lengths, strict=True):
+            session.settle()
             session.tokens.extend([_UNKNOWN_TOKEN] * length)
         if self._real_BT is not None or call.real_BS is not None:
             before_BT = torch.ones(self.rows, self.tokens, dtype=torch.bool) if self._real_BT is None else self._real_BT

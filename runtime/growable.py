@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.runtime.address_space import PAGE_BYTES, release_tail, reserve
-from kvcompile.runtime.descriptor import DescribedPart, Descriptor
-from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots
+from kvcompile.runtime.descriptor import DescribedPart, Descriptor, PackedPart
+from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots, token_bytes, value_slots
 from kvcompile.runtime.spans import Span
 from kvcompile.runtime.store import rollback_range_problem
 
@@ -29,7 +29,7 @@ class GrowableStore:
     """Every token of the past, for the KV heads of one group (policy zone `all`).
 
     capacity_tokens: address space reserved for the first buffer; a longer context opens further buffers, each at least
-    as large.  dtype: what keys and values are kept in.  layout: how keys lie in memory.
+    as large.  dtype: what keys and values are kept in, or of int8 their scales.  layout: how keys lie in memory.
     Raises CapacityError (from `extend` or `advance`, before anything changed) when the system refuses address space.
     """
 
@@ -56,15 +56,45 @@ class GrowableStore:
     def tokens(self) -> int:
         return self._parts[-1].end if self._parts else 0
 
+    @property
+    def copies_spans(self) -> bool:
+        """Whether spans are copies, made of fewer bits."""
+        return self.layout == "int8"
+
     def spans(self) -> tuple[Span, ...]:
         """All tokens in position order, views without a copy; () when there is none."""
         return tuple(part.span() for part in self._parts)
+
+    def visible(self, first_query: int) -> list[tuple[int, int]]:
+        """Positions that queries from `first_query` on may see, as (first, end): all."""
+        return [(0, self.tokens)]
+
+    def spans_between(self, first: int, end: int) -> tuple[Span, ...]:
+        """The tokens at positions [first, end), as `spans` gives them."""
+        return tuple(span for part in self._parts if (span := part.between(first, end)) is not None)
+
+    def gather(self, position_HK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [H, K, D] and values [H, K, E] at positions of each head's own, which the store holds; copies."""
+        dtype = torch.promote_types(self.dtype, torch.float32) if self.layout == "int8" else self.dtype
+        key_HKD, value_HKE = (position_HK.new_empty(*position_HK.shape, dim, dtype=dtype) for dim in (self.head_dim, self.value_dim))
+        for part in self._parts:
+            here_HK = (position_HK >= part.buffer.first) & (position_HK < part.end)
+            head_N, place_N = here_HK.nonzero(as_tuple=True)
+            slot_N = position_HK[here_HK] - part.buffer.first
+            key_HKD[head_N, place_N] = part.buffer.keys.gather(head_N, slot_N)
+            value_HKE[head_N, place_N] = part.buffer.values.gather(head_N, slot_N)
+        return key_HKD, value_HKE
 
     def extend(self, key_HSD: Tensor, value_HSE: Tensor) -> tuple[Span, ...]:
         """Appends S tokens and returns spans over all tokens: one span unless capacity ran out or the store was forked.
 
         key_HSD: [H, S, D]; value_HSE: [H, S, E]; any strides and dtype; S = 0 appends nothing.
         """
+        self.append(key_HSD, value_HSE)
+        return self.spans()
+
+    def append(self, key_HSD: Tensor, value_HSE: Tensor) -> None:
+        """What `extend` does, without spans, which of int8 are copies."""
         first, new = self.tokens, key_HSD.shape[1]
         assert key_HSD.shape == (self.kv_heads, new, self.head_dim), (key_HSD.shape, self.kv_heads, self.head_dim)
         assert value_HSE.shape == (self.kv_heads, new, self.value_dim), (value_HSE.shape, self.kv_heads, self.value_dim)
@@ -75,7 +105,6 @@ class GrowableStore:
         except BaseException:
             self.rollback(new)
             raise
-        return self.spans()
 
     def advance(self, tokens: int) -> None:
         """Counts `tokens` more tokens, which the caller writes: where, `descriptor()` says."""
@@ -100,6 +129,10 @@ class GrowableStore:
                 [part.described(part.room() if index == last else 0) for index, part in enumerate(self._parts)]
             )
         return self._descriptor.address
+
+    def parts(self) -> list[PackedPart]:
+        """Where the slots lie, for a store that keeps codes and scales in them."""
+        return [PackedPart(*part.buffer.addresses, part.buffer.first, part.end, 0) for part in self._parts]
 
     def can_rollback(self, tokens: int) -> Problem | None:
         """Any depth down to the empty store is possible."""
@@ -130,7 +163,7 @@ class GrowableStore:
         return self._token_bytes() * sum(part.tokens for part in self._parts if part.lease is not None)
 
     def _token_bytes(self) -> int:
-        return self.kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+        return self.kv_heads * sum(token_bytes(self.layout, dim, self.dtype) for dim in (self.head_dim, self.value_dim))
 
     def _room(self) -> int:
         """Tokens that fit in the last buffer behind the last token."""
@@ -158,17 +191,17 @@ class _Buffer:
     def __init__(
         self, first: int, kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, capacity: int, layout: KeyLayout
     ) -> None:
-        key_bytes = _whole_pages(key_capacity(layout, capacity) * head_dim * dtype.itemsize)
-        value_bytes = _whole_pages(capacity * value_dim * dtype.itemsize)
+        key_row, value_row = (token_bytes(layout, dim, dtype) for dim in (head_dim, value_dim))
+        key_bytes, value_bytes = _whole_pages(key_capacity(layout, capacity) * key_row), _whole_pages(capacity * value_row)
         region = reserve(kv_heads * (key_bytes + value_bytes))
         keys, values = region.split_with_sizes([kv_heads * key_bytes, kv_heads * value_bytes])
         self._heads = [*keys.view(kv_heads, -1).unbind(), *values.view(kv_heads, -1).unbind()]  # bytes of each head's keys, then values
-        self._row_bytes = [head_dim * dtype.itemsize] * kv_heads + [value_dim * dtype.itemsize] * kv_heads
+        self._row_bytes = [key_row] * kv_heads + [value_row] * kv_heads
         self._key_tokens = key_capacity(layout, 1)
         self.first = first
         self.capacity = capacity
         self.keys = key_slots(layout, keys.view(dtype).view(kv_heads, -1), head_dim, capacity)
-        self.value_HCE = values.view(dtype).view(kv_heads, -1)[:, : capacity * value_dim].unflatten(1, (capacity, value_dim))
+        self.values = value_slots(layout, values.view(dtype).view(kv_heads, -1), value_dim, capacity)
         self.addresses = (keys.data_ptr(), values.data_ptr(), key_bytes, value_bytes)
         self.written = 0  # slots below it may hold memory
         self.leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
@@ -203,7 +236,15 @@ class _Part:
 
     def span(self) -> Span:
         buffer = self.buffer
-        return Span(buffer.first, buffer.keys.read(0, self.tokens), buffer.value_HCE.narrow(1, 0, self.tokens))
+        return Span(buffer.first, buffer.keys.read(0, self.tokens), buffer.values.read(0, self.tokens))
+
+    def between(self, first: int, end: int) -> Span | None:
+        """The tokens at positions [first, end); None where none of them lies here."""
+        first, end = max(first, self.buffer.first), min(end, self.end)
+        if first >= end:
+            return None
+        slot = first - self.buffer.first
+        return Span(first, self.buffer.keys.read(slot, end - first), self.buffer.values.read(slot, end - first))
 
     def described(self, room: int) -> DescribedPart:
         return DescribedPart(*self.buffer.addresses, self.buffer.first, self.end + room)
@@ -226,7 +267,7 @@ class _Part:
         if new > 0 and self.lease is None:
             slot = first + skip - self.buffer.first
             self.buffer.keys.write(slot, key_HSD[:, skip : skip + new])
-            self.buffer.value_HCE.narrow(1, slot, new).copy_(value_HSE[:, skip : skip + new])
+            self.buffer.values.write(slot, value_HSE[:, skip : skip + new])
 
     def cut(self, tokens: int) -> None:
         """Keeps the first `tokens` slots."""

@@ -1,11 +1,13 @@
 """How the keys of one token lie in a store: a row each, or in blocks of 16 tokens as the C++ kernels read them.
 
-Letters: H KV heads, C slots, N blocks, S tokens, D head_dim, L lanes of a block (16 tokens), P numbers in 4 bytes.
+Letters: H KV heads, C slots, N blocks, S tokens, K slots that are asked for, D head_dim, E value_dim, L lanes of a block (16 tokens),
+P numbers in 4 bytes.
 
-    rows    [H, C, D]            what torch multiplies
-    blocks  [H, N, D / P, L, P]  one channel (two in bfloat16) of 16 tokens in one vector register: codegen/cpp/kernel.h
+    rows    [H, C, D]                     what torch multiplies
+    blocks  [H, N, D / P, L, P]           one channel (two in bfloat16) of 16 tokens in one vector register: codegen/cpp/kernel.h
+    int8    [H, N, D, L] bytes, then [L] scales, block after block; a byte is a code + 128 (runtime/quantise.py)
 
-Values are rows in both.
+Values are rows: [H, C, E]; of int8 E bytes and a scale.
 """
 
 from __future__ import annotations
@@ -15,16 +17,22 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-KeyLayout: TypeAlias = Literal["rows", "blocks"]
+from kvcompile.runtime.quantise import dequantise_int8, quantise_int8
+
+KeyLayout: TypeAlias = Literal["rows", "blocks", "int8"]
 BLOCK_TOKENS = 16
 LANE_BYTES = 4
 
 
-class KeySlots(Protocol):
-    """The keys of a buffer, by slot."""
+class Slots(Protocol):
+    """The keys, or the values, of a buffer, by slot."""
 
     def read(self, slot: int, tokens: int) -> Tensor:
-        """[H, tokens, D]; a view where the layout allows one."""
+        """[H, tokens, D]; a view where the layout allows one.  Of int8 float32, or float64 if the scales are."""
+        ...
+
+    def gather(self, head_K: Tensor, slot_K: Tensor) -> Tensor:
+        """[K, D], copies."""
         ...
 
     def write(self, slot: int, key_HSD: Tensor) -> None:
@@ -32,11 +40,14 @@ class KeySlots(Protocol):
         ...
 
 
-class KeyRows:
-    """Keys as rows.  memory_HB: the numbers of each head, [H, at least slots * D]."""
+class Rows:
+    """Keys or values as rows.  memory_HB: the numbers of each head, [H, at least slots * D]."""
 
     def __init__(self, memory_HB: Tensor, head_dim: int, slots: int) -> None:
         self._key_HCD: Tensor = memory_HB[:, : slots * head_dim].unflatten(1, (slots, head_dim))
+
+    def gather(self, head_K: Tensor, slot_K: Tensor) -> Tensor:
+        return self._key_HCD[head_K, slot_K]
 
     def read(self, slot: int, tokens: int) -> Tensor:
         return self._key_HCD.narrow(1, slot, tokens)
@@ -62,6 +73,9 @@ class KeyBlocks:
         key_HTD: Tensor = self._key_HNLDP[:, first:end].reshape(self._key_HNLDP.shape[0], (end - first) * BLOCK_TOKENS, self._head_dim)
         return key_HTD.narrow(1, slot - first * BLOCK_TOKENS, tokens)
 
+    def gather(self, head_K: Tensor, slot_K: Tensor) -> Tensor:
+        return self._key_HNLDP[head_K, slot_K // BLOCK_TOKENS, slot_K % BLOCK_TOKENS].flatten(1)
+
     def write(self, slot: int, key_HSD: Tensor) -> None:
         slot_S = torch.arange(slot, slot + key_HSD.shape[1])
         shape = self._key_HNLDP.shape
@@ -69,9 +83,73 @@ class KeyBlocks:
         self._key_HNLDP[:, slot_S // BLOCK_TOKENS, slot_S % BLOCK_TOKENS] = key_HSDP
 
 
-def key_slots(layout: KeyLayout, memory_HB: Tensor, head_dim: int, slots: int) -> KeySlots:
+class Int8Blocks:
+    """Keys of 8 bits in blocks.  memory_HB: as many bytes as `token_bytes` says, seen as numbers of the scales' dtype."""
+
+    def __init__(self, memory_HB: Tensor, head_dim: int, slots: int) -> None:
+        self._dtype = memory_HB.dtype
+        blocks, size = padded(slots) // BLOCK_TOKENS, BLOCK_TOKENS * token_bytes("int8", head_dim, memory_HB.dtype)
+        byte_HNB = memory_HB.view(torch.uint8)[:, : blocks * size].unflatten(1, (blocks, size))
+        codes = BLOCK_TOKENS * head_dim
+        self._code_HNLD: Tensor = byte_HNB[:, :, :codes].unflatten(2, (head_dim, BLOCK_TOKENS)).transpose(2, 3)
+        self._scale_HNL: Tensor = byte_HNB[:, :, codes:].view(memory_HB.dtype)
+
+    def read(self, slot: int, tokens: int) -> Tensor:
+        first, end = slot // BLOCK_TOKENS, padded(slot + tokens) // BLOCK_TOKENS
+        key_HNLD = dequantise_int8(self._code_HNLD[:, first:end], self._scale_HNL[:, first:end])
+        return key_HNLD.flatten(1, 2).narrow(1, slot - first * BLOCK_TOKENS, tokens)
+
+    def gather(self, head_K: Tensor, slot_K: Tensor) -> Tensor:
+        place = head_K, slot_K // BLOCK_TOKENS, slot_K % BLOCK_TOKENS
+        return dequantise_int8(self._code_HNLD[place], self._scale_HNL[place])
+
+    def write(self, slot: int, key_HSD: Tensor) -> None:
+        slot_S = torch.arange(slot, slot + key_HSD.shape[1])
+        code_HSD, scale_HS = quantise_int8(key_HSD, self._dtype)
+        self._code_HNLD[:, slot_S // BLOCK_TOKENS, slot_S % BLOCK_TOKENS] = code_HSD
+        self._scale_HNL[:, slot_S // BLOCK_TOKENS, slot_S % BLOCK_TOKENS] = scale_HS
+
+
+class Int8Rows:
+    """Values of 8 bits as rows.  memory_HB: as of `Int8Blocks`."""
+
+    def __init__(self, memory_HB: Tensor, value_dim: int, slots: int) -> None:
+        self._dtype, self._value_dim = memory_HB.dtype, value_dim
+        size = token_bytes("int8", value_dim, memory_HB.dtype)
+        self._byte_HCB: Tensor = memory_HB.view(torch.uint8)[:, : slots * size].unflatten(1, (slots, size))
+
+    def read(self, slot: int, tokens: int) -> Tensor:
+        return self._numbers(self._byte_HCB.narrow(1, slot, tokens))
+
+    def gather(self, head_K: Tensor, slot_K: Tensor) -> Tensor:
+        return self._numbers(self._byte_HCB[head_K, slot_K])
+
+    def write(self, slot: int, value_HSE: Tensor) -> None:
+        code_HSE, scale_HS = quantise_int8(value_HSE, self._dtype)
+        byte_HSB = torch.cat([code_HSE, scale_HS[..., None].contiguous().view(torch.uint8)], -1)
+        self._byte_HCB.narrow(1, slot, value_HSE.shape[1]).copy_(byte_HSB)
+
+    def _numbers(self, byte_XB: Tensor) -> Tensor:
+        scale_X = byte_XB[..., self._value_dim :].clone(memory_format=torch.contiguous_format).view(self._dtype).squeeze(-1)
+        return dequantise_int8(byte_XB[..., : self._value_dim], scale_X)
+
+
+_KEYS: dict[KeyLayout, type[Rows | KeyBlocks | Int8Blocks]] = {"rows": Rows, "blocks": KeyBlocks, "int8": Int8Blocks}
+
+
+def key_slots(layout: KeyLayout, memory_HB: Tensor, head_dim: int, slots: int) -> Slots:
     """The keys in `memory_HB` [H, numbers of a head], laid out as asked."""
-    return (KeyRows if layout == "rows" else KeyBlocks)(memory_HB, head_dim, slots)
+    return _KEYS[layout](memory_HB, head_dim, slots)
+
+
+def value_slots(layout: KeyLayout, memory_HB: Tensor, value_dim: int, slots: int) -> Slots:
+    """The values in `memory_HB` [H, numbers of a head]."""
+    return (Int8Rows if layout == "int8" else Rows)(memory_HB, value_dim, slots)
+
+
+def token_bytes(layout: KeyLayout, dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one token's key, or value, of `dim` numbers."""
+    return dim + dtype.itemsize if layout == "int8" else dim * dtype.itemsize
 
 
 def key_capacity(layout: KeyLayout, slots: int) -> int:

@@ -5,25 +5,33 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
-from kvcompile.ir.policy import All, SinkRecent
+from kvcompile.ir.policy import HeadPolicy, Int8, Kivi, SinkRecent, Static, TopK
+from kvcompile.ir.request import KernelRequest
+from kvcompile.ir.sites import AttentionSite
 from kvcompile.ir.spec import Spec
+from kvcompile.ir.store_bytes import quantised_in
 from kvcompile.runtime.attend import attend_spans
+from kvcompile.runtime.attend_held import attend_held
 from kvcompile.runtime.convolution_state import ConvolutionState, convolve_packed
 from kvcompile.runtime.generation import Generation, complete, generate
 from kvcompile.runtime.growable import GrowableStore
+from kvcompile.runtime.kivi import KiviStore
 from kvcompile.runtime.layout import KeyLayout
-from kvcompile.runtime.merge import apply_learnt_sinks
+from kvcompile.runtime.lookup import LookupStore, attend_lookup, attend_prompt
+from kvcompile.runtime.merge import AttentionState, apply_learnt_sinks
 from kvcompile.runtime.native import NO_KERNELS, NativeKernels, NativeSite, NativeTable, attend_native, native_sites
+from kvcompile.runtime.native_lookup import lookup_native, lookup_row
 from kvcompile.runtime.program import Program
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.session import Session, Tokens, as_token_ids
+from kvcompile.runtime.static import StaticStore
 from kvcompile.runtime.store import KVStore
 
 
@@ -79,8 +87,10 @@ class CompiledModel:
         return native_sites(self.plan, self.kernels)
 
     @torch.no_grad()
-    def forward(self, batch: Sequence[tuple[Session, Tensor]], *, logits_of: str = "last") -> Tensor:
+    def forward(self, batch: Sequence[tuple[Session, Tensor]], *, logits_of: str = "last", prompt: bool = False) -> Tensor:
         """One pass over the packed tokens of several sessions: `[(session, ids [n]), ...]`.
+
+        prompt: a single token is part of a prompt too, which heads that look keys up read with all its past; several always are.
 
         Returns float32 logits: one row a session (its last token), or with logits_of="all" one row a token, sessions in
         order.  A call that fails leaves every session as it was, or broken with a message, never half advanced.
@@ -97,14 +107,14 @@ class CompiledModel:
         before = [(len(session), session.convolutions) for session in sessions]
         try:
             if self.spec.target.deterministic:
-                return torch.cat([self._forward([one], logits_of) for one in batch])
-            return self._forward(batch, logits_of)
+                return torch.cat([self._forward([one], logits_of, prompt) for one in batch])
+            return self._forward(batch, logits_of, prompt)
         except BaseException as error:
             for session, (length, convolutions) in zip(sessions, before, strict=True):
                 session.restore_after_failure(length, convolutions, error)
             raise
 
-    def _forward(self, batch: Sequence[tuple[Session, Tensor]], logits_of: str) -> Tensor:
+    def _forward(self, batch: Sequence[tuple[Session, Tensor]], logits_of: str, prompt: bool) -> Tensor:
         sessions = [session for session, _ in batch]
         before = [len(session) for session in sessions]
         lengths = [len(ids) for _, ids in batch]
@@ -113,9 +123,11 @@ class CompiledModel:
         else:
             positions = torch.cat([torch.arange(start, start + n) for start, n in zip(before, lengths, strict=True)])
             wanted = torch.tensor(lengths).cumsum(0) - 1 if logits_of == "last" else None
-        call = PackedCall.begin(self, sessions, before, lengths, only_last=wanted is not None)
+        call = PackedCall.begin(self, sessions, before, lengths, only_last=wanted is not None, prompt=prompt)
         input_ids = (batch[0][1] if len(batch) == 1 else torch.cat([ids for _, ids in batch]))[None]
         logits = self.program.run(input_ids, positions[None], call, wanted)[0].float()
+        for session in sessions:
+            session.settle()
         for (session, ids), convolutions in zip(batch, call.convolutions, strict=True):
             session.convolutions = tuple(convolutions)
             session.tokens.extend(ids.tolist())
@@ -125,9 +137,7 @@ class CompiledModel:
         """One token for each session, in one pass; lengths may differ.  Returns float32 `[sessions, vocabulary]`."""
         ids = as_token_ids(tokens, self.vocabulary)
         if len(ids) != len(sessions):
-            raise SessionError(
-                Problem("step", f"{len(ids)} tokens for {len(sessions)} sessions.", "Give one token for each session.")
-            )
+            raise SessionError(Problem("step", f"{len(ids)} tokens for {len(sessions)} sessions.", "Give one token for each session."))
         return self.forward([(session, ids[place : place + 1]) for place, session in enumerate(sessions)])
 
     def complete(self, prompt: str | Tokens, **options: Any) -> Generation:
@@ -166,9 +176,12 @@ class PackedCall:
     only_last: bool
     tables: list[NativeTable]
     convolutions: list[list[ConvolutionState]]
+    prompt: bool = False
 
     @classmethod
-    def begin(cls, model: CompiledModel, sessions: list[Session], before: list[int], lengths: list[int], only_last: bool) -> PackedCall:
+    def begin(
+        cls, model: CompiledModel, sessions: list[Session], before: list[int], lengths: list[int], only_last: bool, prompt: bool = False
+    ) -> PackedCall:
         """Counts the new tokens in every store that a C++ kernel writes.  Raises CapacityError; then some have counted them."""
         for session, length in zip(sessions, lengths, strict=True):
             session.native.count_growing(length)  # all of them before any ring: what is refused must break none
@@ -179,7 +192,7 @@ class PackedCall:
                 session.native.ask_last_only(row, length)
             start += length
         tables, convolutions = [session.native for session in sessions], [list(session.convolutions) for session in sessions]
-        return cls(model, sessions, before, lengths, only_last, tables, convolutions)
+        return cls(model, sessions, before, lengths, only_last, tables, convolutions, prompt)
 
     def attend(
         self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sink_query: Tensor | None, final: bool
@@ -192,9 +205,37 @@ class PackedCall:
             tables = [table.sites[site] for table in self.tables]
             learnt = None if sinks is None else sinks.float()
             attend_native(query, key, value, learnt, tables, native.kv_heads, out, sink_query=sink_query, slopes=native.slopes)
-        if not native.all:
+        if native.looks_up:
+            table = self._lookups(site, query, last_only)
+            if len(table):
+                lookup_native(query, key, value, None if sinks is None else sinks.float(), [table], native.kv_heads, out)
+        if native.rest or (native.looks_up and (self.prompt or max(self.lengths) > 1)):
             self._attend_in_torch(site, query, key, value, sinks, sink_query, last_only, out)
         return out
+
+    def _lookups(self, site: int, query: Tensor, last_only: bool) -> Tensor:
+        """The table of the operator that looks keys up: of each session with one new token that is no prompt, the groups with a kernel."""
+        plan, kernels = self.model.plan.sites[site], self.model.kernels
+        by_kv_head = (plan.site.kv_heads, plan.site.queries_per_kv)
+        rows: list[list[int]] = []
+        start = 0
+        for row, (session, before, length) in enumerate(zip(self.sessions, self.before, self.lengths, strict=True)):
+            head = 0
+            for group, store in zip(plan.groups, session.stores(site), strict=True):
+                if self._looks_up(group, length):
+                    assert isinstance(store, LookupStore)
+                    store.advance(1)
+                    index = store.refresh()
+                    query_KG1D = query[0, :, start : start + 1].unflatten(0, by_kv_head)
+                    store.observe(query_KG1D[_as_index(group.kv_heads)], before)
+                    name = kernels.number(group)
+                    rows.append(lookup_row(name, store, index, head, len(group.kv_heads), start, row if last_only else start, before))
+                head += len(group.kv_heads)
+            start += length
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def _looks_up(self, group: HeadGroup, length: int) -> bool:
+        return length == 1 and not self.prompt and self.model.kernels.look_up(group)
 
     def convolve(self, site: int, input: Tensor, weight: Tensor, bias: Tensor | None, final: bool) -> Tensor:
         """out [1, channels, rows]; rows as of `attend`."""
@@ -223,36 +264,79 @@ class PackedCall:
         start = row = 0
         for session, before, length in zip(self.sessions, self.before, self.lengths, strict=True):
             skip = length - 1 if last_only else 0
-            rows = slice(start + skip, start + length)
-            query_KGSD = query[0, :, rows].unflatten(0, by_kv_head)
+            query_KGSD = query[0, :, start : start + length].unflatten(0, by_kv_head)
+            sink_query_KGSD = None if sink_query is None else sink_query[0, :, start : start + length].unflatten(0, by_kv_head)
             out_SKGE = out[0, row : row + length - skip].unflatten(1, by_kv_head)
             for group, store in zip(plan.groups, session.stores(site), strict=True):
-                if self.model.kernels.serve(group):
+                if self.model.kernels.serve(group) or self._looks_up(group, length):
                     continue
                 heads = _as_index(group.kv_heads)
-                spans = store.extend(key[0, heads, start : start + length], value[0, heads, start : start + length])
-                assert group.request is not None
-                sink_query_HGSD = None
-                if group.request.cache_index:
-                    assert sink_query is not None, f"{facts.path}: nothing made the query that the sinks are shown"
-                    sink_query_HGSD = sink_query[0, :, rows].unflatten(0, by_kv_head)[heads]
-                state = attend_spans(
+                new = _NewTokens(
                     query_KGSD[heads],
-                    spans,
-                    before + skip,
-                    sink_tokens=group.request.sink_tokens,
-                    recent_tokens=group.request.recent_tokens,
-                    scale=facts.scale,
-                    soft_cap=facts.soft_cap,
-                    chunk_tokens=group.request.chunk_tokens,
-                    slopes_HG=None if slopes_KG is None else slopes_KG[heads],
-                    sink_query_HGSD=sink_query_HGSD,
+                    key[0, heads, start : start + length],
+                    value[0, heads, start : start + length],
+                    None if sink_query_KGSD is None else sink_query_KGSD[heads],
+                    None if slopes_KG is None else slopes_KG[heads],
+                    before,
+                    skip,
+                    self.prompt or length > 1,
                 )
+                state = new.attend(facts, group, store)
                 if sinks is not None:
                     state = apply_learnt_sinks(state, sinks.unflatten(0, by_kv_head)[heads])
                 out_SKGE[:, heads] = state.out.permute(2, 0, 1, 3).to(out.dtype)
             start += length
             row += length - skip
+
+
+class _NewTokens(NamedTuple):
+    """One session's new tokens at one site, for the KV heads of one group.
+
+    sink_query_HGSD, slopes_HG: of `attend_spans`.  before: tokens read earlier.  skip: so many of the new ones ask for no result.
+    prompt: they are part of a prompt.
+    """
+
+    query_HGSD: Tensor
+    key_HSD: Tensor
+    value_HSE: Tensor
+    sink_query_HGSD: Tensor | None
+    slopes_HG: Tensor | None
+    before: int
+    skip: int
+    prompt: bool
+
+    def attend(self, facts: AttentionSite, group: HeadGroup, store: KVStore) -> AttentionState:
+        """Appends them and attends: out [H, G, S - skip, E], lse [H, G, S - skip]."""
+        asked_HGSD, first = self.query_HGSD[:, :, self.skip :], self.before + self.skip
+        if isinstance(store, StaticStore):
+            if not self.prompt:
+                store.choose()
+            store.observe(self.query_HGSD, self.before)
+            return store.attend(asked_HGSD, store.extend(self.key_HSD, self.value_HSE), first)
+        if isinstance(store, LookupStore):
+            store.append(self.key_HSD, self.value_HSE)
+            index = None if self.prompt else store.refresh()
+            store.observe(self.query_HGSD, self.before)  # behind it: an index is learnt from what came before
+            return attend_prompt(store, asked_HGSD, first) if index is None else attend_lookup(store, asked_HGSD, index)
+        request = group.request
+        assert isinstance(request, KernelRequest)
+        sink_query_HGSD = None
+        if request.cache_index:
+            assert self.sink_query_HGSD is not None, f"{facts.path}: nothing made the query that the sinks are shown"
+            sink_query_HGSD = self.sink_query_HGSD[:, :, self.skip :]
+        options: dict[str, Any] = {
+            "sink_tokens": request.sink_tokens,
+            "recent_tokens": request.recent_tokens,
+            "scale": facts.scale,
+            "soft_cap": facts.soft_cap,
+            "chunk_tokens": request.chunk_tokens,
+            "slopes_HG": self.slopes_HG,
+            "sink_query_HGSD": sink_query_HGSD,
+        }
+        if isinstance(store, KiviStore) or (isinstance(store, GrowableStore) and store.copies_spans):
+            store.append(self.key_HSD, self.value_HSE)
+            return attend_held(asked_HGSD, store, store.visible(first), first, **options)
+        return attend_spans(asked_HGSD, store.extend(self.key_HSD, self.value_HSE), first, **options)
 
 
 def _as_index(kv_heads: tuple[int, ...]) -> slice | list[int]:
@@ -263,16 +347,41 @@ def _as_index(kv_heads: tuple[int, ...]) -> slice | list[int]:
 
 def make_store(site: SitePlan, group: HeadGroup, native: bool) -> KVStore:
     """The empty store of a group of KV heads, as the plan placed it; native: as the C++ kernels read it."""
-    layout: KeyLayout = "blocks" if native else "rows"
-    facts = site.site
-    dtype: torch.dtype = getattr(torch, group.policy.store.dtype or facts.dtype)
-    heads = len(group.kv_heads)
-    (zone,) = group.policy.zones
-    match zone:
-        case All():
-            assert group.capacity_tokens is not None
-            return GrowableStore(heads, facts.head_dim, facts.value_dim, dtype, group.capacity_tokens, layout)
-        case SinkRecent():
-            return RingStore(
-                heads, facts.head_dim, facts.value_dim, dtype, zone.sink_tokens, zone.recent_tokens, group.policy.rollback_tokens, layout
+    facts, policy = site.site, group.policy
+    dtype: torch.dtype = getattr(torch, policy.store.dtype or facts.dtype)
+    shape = (len(group.kv_heads), facts.head_dim, facts.value_dim, dtype)
+    layout: KeyLayout = "int8" if isinstance(policy.store.quantised, Int8) else "blocks" if native else "rows"
+    if policy.found is None and policy.window is not None:
+        return _ring(shape, policy, policy.window, layout)
+    assert group.capacity_tokens is not None
+    rows, window = _rows(shape, policy, group.capacity_tokens, layout), policy.window
+    if policy.found is None:
+        return rows
+    assert window is not None
+    match policy.found:
+        case Static():
+            return StaticStore(rows, _ring(shape, policy, window, layout), policy.found, facts.scale, facts.soft_cap)
+        case TopK():
+            return LookupStore(
+                rows, window, policy.found, facts.queries_per_kv, facts.scale, facts.soft_cap, policy.rollback_tokens, facts.index
             )
+
+
+def _rows(shape: tuple[int, int, int, torch.dtype], policy: HeadPolicy, capacity_tokens: int, layout: KeyLayout) -> GrowableStore | KiviStore:
+    if isinstance(policy.store.quantised, Kivi):
+        return KiviStore(*shape, policy.store.quantised, capacity_tokens, layout)
+    return GrowableStore(*shape, capacity_tokens, layout)
+
+
+def _ring(shape: tuple[int, int, int, torch.dtype], policy: HeadPolicy, window: SinkRecent, layout: KeyLayout) -> RingStore | KiviStore:
+    kivi = quantised_in(policy.store, window, policy.rollback_tokens)
+    if isinstance(kivi, Kivi):
+        return KiviStore(
+            *shape,
+            kivi,
+            layout=layout,
+            sink_tokens=window.sink_tokens,
+            recent_tokens=window.recent_tokens,
+            rollback_tokens=policy.rollback_tokens,
+        )
+    return RingStore(*shape, window.sink_tokens, window.recent_tokens, policy.rollback_tokens, layout)

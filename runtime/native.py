@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, TargetError
 from kvcompile.ir.plan import HeadGroup, Plan
+from kvcompile.ir.request import KernelRequest, LookupRequest
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.store import KVStore
 
@@ -47,8 +48,20 @@ class NativeKernels:
     variant: int = 0
 
     def serve(self, group: HeadGroup) -> bool:
-        """Whether a group of KV heads is attended to by a C++ kernel."""
+        """Whether a group of KV heads is attended to by a C++ kernel that reads all that is visible."""
+        return self._has(group) and isinstance(group.request, KernelRequest)
+
+    def look_up(self, group: HeadGroup) -> bool:
+        """Whether a C++ kernel attends to what an index finds for a group of KV heads."""
+        return self._has(group) and isinstance(group.request, LookupRequest)
+
+    def _has(self, group: HeadGroup) -> bool:
         return group.device == "cpu" and group.request is not None and group.request.key in self.keys
+
+    def number(self, group: HeadGroup) -> int:
+        """What the operators' tables call the kernel of a group."""
+        assert group.request is not None
+        return _signed(int(self.name(group.request.key), 16))
 
     def name(self, key: str) -> str:
         """What the operators call the kernel of request `key`: 16 hexadecimal digits."""
@@ -109,7 +122,7 @@ class NativeTable:
             for group, store in zip(site.groups, its_stores, strict=True):
                 if kernels.serve(group):
                     assert group.request is not None
-                    rows.append([_signed(int(kernels.name(group.request.key), 16)), 0, head, len(group.kv_heads), 0, 0, 0, 0, 0])
+                    rows.append([kernels.number(group), 0, head, len(group.kv_heads), 0, 0, 0, 0, 0])
                     (self._rings if isinstance(store, RingStore) else self._growing).append((len(rows) - 1, store))
                     count += 1
                 head += len(group.kv_heads)
@@ -149,14 +162,16 @@ class NativeTable:
 
 
 class NativeSite(NamedTuple):
-    """kv_heads: those of a site in the order of its groups, int64; whether kernels serve some, all of its groups.
+    """kv_heads: those of a site in the order of its groups, int64.
 
+    some, looks_up, rest: whether it has groups that kernels serve, that a kernel looks keys up for, and that have none.
     slopes: float32 [query_heads] of a site with ALiBi.
     """
 
     kv_heads: Tensor
     some: bool
-    all: bool
+    looks_up: bool
+    rest: bool
     slopes: Tensor | None
 
 
@@ -164,10 +179,11 @@ def native_sites(plan: Plan, kernels: NativeKernels) -> list[NativeSite]:
     """What the kernels serve of each site."""
     found = []
     for site in plan.sites:
-        served = [kernels.serve(group) for group in site.groups]
+        served, looked_up = ([has(group) for group in site.groups] for has in (kernels.serve, kernels.look_up))
+        rest = sum(served) + sum(looked_up) < len(site.groups)
         kv_heads = torch.tensor([head for group in site.groups for head in group.kv_heads], dtype=torch.int64)
         slopes = torch.tensor(site.site.slopes, dtype=torch.float32) if site.site.slopes else None
-        found.append(NativeSite(kv_heads, any(served), all(served), slopes))
+        found.append(NativeSite(kv_heads, any(served), any(looked_up), rest, slopes))
     return found
 
 

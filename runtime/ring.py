@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.runtime.address_space import reserve
-from kvcompile.runtime.descriptor import Descriptor
-from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots
+from kvcompile.runtime.descriptor import Descriptor, PackedPart
+from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots, token_bytes, value_slots
+from kvcompile.runtime.quantise import dequantise_int8, quantise_int8
 from kvcompile.runtime.spans import Span
 from kvcompile.runtime.store import rollback_range_problem
 
@@ -27,7 +28,7 @@ class RingStore:
 
     sink_tokens: the first ones, kept for ever (0 is allowed).  recent_tokens: the window, the query's own token
     included.  rollback_tokens: how many slots more there are, so that a rollback finds what it needs.
-    dtype: what keys and values are kept in.  layout: how keys lie in memory.  Raises CapacityError when the system refuses address space.
+    dtype: what keys and values are kept in, or of int8 their scales.  layout: how keys lie in memory.  Raises CapacityError when the system refuses address space.
     """
 
     def __init__(
@@ -57,13 +58,15 @@ class RingStore:
         # The largest `tokens` since which nothing was forgotten: position p >= sink_tokens still has its slot exactly
         # when p >= _high - _window.  A rollback does not lower it once the ring has wrapped.
         self._high = 0
-        key_bytes = _aligned(key_capacity(layout, self._slots) * head_dim * dtype.itemsize)
-        value_bytes = _aligned(self._slots * value_dim * dtype.itemsize)
+        key_bytes = _aligned(key_capacity(layout, self._slots) * token_bytes(layout, head_dim, dtype))
+        value_bytes = _aligned(self._slots * token_bytes(layout, value_dim, dtype))
         region = reserve(kv_heads * (key_bytes + value_bytes))
         keys, values = (part.view(dtype) for part in region.split_with_sizes([kv_heads * key_bytes, kv_heads * value_bytes]))
+        self._byte_HB = [part.view(torch.uint8).view(kv_heads, -1) for part in (keys, values)]
         self._keys = key_slots(layout, keys.view(kv_heads, -1), head_dim, self._slots)
-        self._value_HCE = values.view(kv_heads, -1)[:, : self._slots * value_dim].unflatten(1, (self._slots, value_dim))
-        self._descriptor = Descriptor.ring(keys.data_ptr(), values.data_ptr(), key_bytes, value_bytes, sink_tokens, self._window)
+        self._values = value_slots(layout, values.view(kv_heads, -1), value_dim, self._slots)
+        self._addresses = (keys.data_ptr(), values.data_ptr(), key_bytes, value_bytes)
+        self._descriptor = Descriptor.ring(*self._addresses, sink_tokens, self._window)
 
     @property
     def tokens(self) -> int:
@@ -90,7 +93,7 @@ class RingStore:
             self._write(first, key_HSD, value_HSE)
             return self._views(0, min(self.sink_tokens, end)) + self._views(oldest, end)
         before = tuple(Span(span.first, span.key_HTD.clone(), span.value_HTE.clone()) for span in self._views(oldest, first))
-        key_HSD, value_HSE = key_HSD.to(self.dtype).contiguous(), value_HSE.to(self.dtype).contiguous()
+        key_HSD, value_HSE = (self._as_kept(part) for part in (key_HSD, value_HSE))
         self._write(first, key_HSD, value_HSE)
         skip = max(0, self.sink_tokens - first)  # new tokens that are sinks
         chunk = Span(first + skip, key_HSD[:, skip:], value_HSE[:, skip:])
@@ -149,16 +152,43 @@ class RingStore:
             self.layout,
         )
         used = min(self._high, self._slots)
-        child._keys.write(0, self._keys.read(0, used))
-        child._value_HCE[:, :used].copy_(self._value_HCE[:, :used])
+        for dim, slots, mine_HB, its_HB in zip(
+            (self.head_dim, self.value_dim), (key_capacity(self.layout, used), used), self._byte_HB, child._byte_HB, strict=True
+        ):
+            used_bytes = slots * token_bytes(self.layout, dim, self.dtype)
+            its_HB[:, :used_bytes].copy_(mine_HB[:, :used_bytes])
         child._tokens, child._high = self._tokens, self._high
         return child
 
     def nbytes(self) -> int:
-        return min(self._high, self._slots) * self.kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+        row_bytes = sum(token_bytes(self.layout, dim, self.dtype) for dim in (self.head_dim, self.value_dim))
+        return min(self._high, self._slots) * self.kv_heads * row_bytes
 
     def shared_nbytes(self) -> int:
         return 0
+
+    def spans_between(self, first: int, end: int) -> tuple[Span, ...]:
+        """The tokens at positions [first, end), which the ring must hold, in position order."""
+        return self._views(first, end)
+
+    @property
+    def oldest(self) -> int:
+        """The first position behind the sinks that is still held, if any is."""
+        return max(self.sink_tokens, self._high - self._window)
+
+    def parts(self) -> list[PackedPart]:
+        """Where the slots lie, for a store that keeps codes and scales in them and has no sinks."""
+        return [PackedPart(*self._addresses, 0, self._tokens, self._window)]
+
+    def append(self, key_HSD: Tensor, value_HSE: Tensor) -> None:
+        """What `extend` does, without spans."""
+        self._write(self._tokens, key_HSD, value_HSE)
+
+    def _as_kept(self, number_HSX: Tensor) -> Tensor:
+        """New keys or values as a reader of the ring would see them."""
+        if self.layout == "int8":
+            return dequantise_int8(*quantise_int8(number_HSX, self.dtype))
+        return number_HSX.to(self.dtype).contiguous()
 
     def _write(self, first: int, key_HSD: Tensor, value_HSE: Tensor) -> None:
         """Writes the tokens that keep a slot: the sinks among them and the last `window` of the others.
@@ -170,11 +200,11 @@ class RingStore:
         for lo, hi in ((first, min(end, self.sink_tokens)), (max(first, self.sink_tokens, end - self._window), end)):
             for slot, at, count in self._runs(lo, hi):
                 self._keys.write(slot, key_HSD.narrow(1, at - first, count))
-                self._value_HCE.narrow(1, slot, count).copy_(value_HSE.narrow(1, at - first, count))
+                self._values.write(slot, value_HSE.narrow(1, at - first, count))
 
     def _views(self, first: int, end: int) -> tuple[Span, ...]:
         return tuple(
-            Span(at, self._keys.read(slot, count), self._value_HCE.narrow(1, slot, count))
+            Span(at, self._keys.read(slot, count), self._values.read(slot, count))
             for slot, at, count in self._runs(first, end)
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.runtime.convolution_state import ConvolutionState
 from kvcompile.runtime.native import NativeTable
-from kvcompile.runtime.store import KVStore
+from kvcompile.runtime.store import KVStore, Settling
 
 if TYPE_CHECKING:
     from kvcompile.runtime.model import CompiledModel
@@ -61,6 +61,7 @@ class Session:
         self.tokens = tokens
         self._stores = stores
         self.native = NativeTable(model.plan, model.kernels, stores)
+        self._settling = [store for of_site in stores for store in of_site if isinstance(store, Settling)]
         self._broken: str | None = None
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ class Session:
         parts: list[Tensor] = []
         read = 0
         for chunk in ids.split(self.model.chunk_tokens):
-            parts.append(self.model.forward([(self, chunk)], logits_of="all" if logits == "all" else "last"))
+            parts.append(self.model.forward([(self, chunk)], logits_of="all" if logits == "all" else "last", prompt=True))
             read += len(chunk)
             if on_chunk is not None:
                 on_chunk(read, len(ids))
@@ -147,6 +148,11 @@ class Session:
     def stores(self, site: int) -> list[KVStore]:
         """The stores of a site, one for each of the plan's head groups."""
         return self._stores[site]
+
+    def settle(self) -> None:
+        """What stores do when a call has succeeded: those that quantise tokens do it now."""
+        for store in self._settling:
+            store.settle()
 
     def check_usable(self) -> None:
         """Raises SessionError when an interrupted call left the session without a consistent memory."""

@@ -30,3 +30,9 @@ class Span(NamedTuple):
     def end(self) -> int:
         """The position after the span's last token."""
         return self.first + self.key_HTD.shape[1]
+
+    def between(self, first: int, end: int) -> Span:
+        """The part at positions [first, end), a view; no token where none lies there."""
+        lo = min(max(first, self.first), self.end)
+        tokens = max(0, min(end, self.end) - lo)
+        return Span(lo, self.key_HTD.narrow(1, lo - self.first, tokens), self.value_HTE.narrow(1, lo - self.first, tokens))

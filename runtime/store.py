@@ -5,7 +5,7 @@ Letters: H KV heads, S new tokens, D head_dim, E value_dim.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -57,6 +57,43 @@ class KVStore(Protocol):
     def shared_nbytes(self) -> int:
         """Bytes of the tokens that this store reads from memory of the stores it was forked from."""
         ...
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """A store that has something left to do when a call has succeeded; its next change does it otherwise."""
+
+    def settle(self) -> None: ...
+
+
+class RowStore(KVStore, Protocol):
+    """A store that keeps every token, and gives any of them."""
+
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def copies_spans(self) -> bool:
+        """Whether spans are copies, made of fewer bits."""
+        ...
+
+    def append(self, key_HSD: Tensor, value_HSE: Tensor) -> None:
+        """What `extend` does, without spans."""
+        ...
+
+    def spans(self) -> tuple[Span, ...]:
+        """All tokens in position order; () when there is none."""
+        ...
+
+    def spans_between(self, first: int, end: int) -> tuple[Span, ...]:
+        """The tokens at positions [first, end), in position order."""
+        ...
+
+    def gather(self, position_HK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [H, K, D] and values [H, K, E] at positions of each head's own, int64 [H, K], which the store holds."""
+        ...
+
+    def fork(self) -> RowStore: ...
 
 
 def rollback_range_problem(tokens: int, held_tokens: int) -> Problem | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcompile.codegen.toolchain import Isa
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
-from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store, Zone
+from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, SinkRecent, Store, Zone
 from kvcompile.ir.request import KernelRequest
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.runtime import reference
@@ -47,6 +47,7 @@ class Attention:
     chunk_tokens: int | None = None
     alibi: bool = False
     cache_index: bool = False
+    quantised: Int8 | Kivi | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -82,7 +83,7 @@ class Attention:
         groups = tuple(
             HeadGroup(
                 heads,
-                HeadPolicy(zone.describe(), (zone,), store=Store(self.store_dtype), rollback_tokens=self.rollback_tokens),  # type: ignore[arg-type]
+                HeadPolicy(zone.describe(), (zone,), store=Store(self.store_dtype, self.quantised), rollback_tokens=self.rollback_tokens),  # type: ignore[arg-type]
                 self.capacity_tokens,
                 request=self._request(zone, isa),
             )
@@ -112,7 +113,17 @@ class Attention:
             chunk_tokens=self.chunk_tokens,
             alibi=self.alibi,
             cache_index=self.shows_sinks(zone),
+            store_quantised=self._store_quantised(),
         )
+
+    def _store_quantised(self) -> str:
+        match self.quantised:
+            case None:
+                return ""
+            case Int8():
+                return "int8"
+            case Kivi(bits, group):
+                return f"kivi {bits} {group}"
 
     def shows_sinks(self, zone: Zone) -> bool:
         """Whether heads of this zone show the sinks a query of their own."""

@@ -17,7 +17,8 @@ struct KvcPiece {
   const void *value;  // of slot 0
   int64_t slot;       // of the first token
   int64_t tokens;
-  int64_t position;  // of the first token
+  int64_t position;                                           // of the first token
+  const void *key_scales = nullptr, *value_scales = nullptr;  // of slot 0, where 2 or 4 bits of a number are kept: quantised.h
 };
 
 // The queries of one KV head: row = token * queries_per_kv + query head.
@@ -57,6 +58,55 @@ struct KvcAttendKernel {
   // At most kChunkTokens keys, in the order of their positions; with chunk_tokens all of one such chunk, queries too.
   void (*attend)(const KvcQueries *, const KvcPiece *, int64_t pieces, const KvcState *);
   void (*append)(const KvcTokens *, void *key, void *value, int64_t slot);
+  int32_t bits;  // of one number in a quantised store, whose scales and exact numbers have store_bytes; 0: of none
+};
+
+// A sketch of the keys of one KV head (runtime/indexes/sketch.py, codegen/cpp/lookup.h).
+constexpr int64_t kRunTokens = 32;    // keys that share a mean value
+constexpr int64_t kScanBlocks = 256;  // blocks of 16 keys that are scanned at once: a chunk of the sketch
+constexpr int64_t kTops = 16;         // of a chunk: every kTops-th block shares its largest scores
+constexpr int64_t kRunsAtOnce = kScanBlocks * kBlockTokens / kRunTokens;
+constexpr int64_t kMaxUnits = 64;  // units of 4 bytes of a key
+struct KvcSketch {
+  const float *centre;  // [head_dim]
+  const float *map;     // [head_dim][units * 16]: from a query to its coordinates
+  int64_t units, fine;  // fine: so many units, the first ones, hold 4 bits a coordinate, the others 2
+};
+struct KvcSketchRows {
+  int64_t tokens;           // a multiple of kRunTokens
+  const uint8_t *codes;     // [tokens / 16][units][64]
+  const int32_t *position;  // [tokens]
+  const int8_t *mean;       // [tokens / kRunTokens][value_dim]
+  const float *mean_scale;  // [tokens / kRunTokens]
+};
+
+// The queries of one KV head and one new token, made by `prepare`.
+struct KvcLookupQuery {
+  float *query;         // [queries][head_dim], in the order in which `attend` reads a key
+  int8_t *whole;        // [queries][units][16]: coordinates
+  int32_t *start;       // [queries]: what a score begins with
+  float *scale, *base;  // [queries]: logit = scale * score + base
+};
+
+// Scores are [blocks][queries][16], the bits of chosen keys words of 32; lookup.h says what each function does.
+struct KvcLookupKernel {
+  uint64_t key;
+  int32_t head_dim, value_dim, queries_per_kv;
+  int32_t query_bytes, store_bytes;  // of one number
+  void (*append)(const void *key, const void *value, void *key_row, void *value_row);
+  void (*prepare)(const void *query, int64_t head_stride, const KvcSketch *, const KvcLookupQuery *);
+  void (*scan)(const KvcLookupQuery *, const KvcSketch *, const uint8_t *codes, int64_t first, int64_t blocks, int32_t *scores,
+               int32_t *tops);
+  void (*weigh)(const KvcLookupQuery *, const int32_t *scores, int64_t blocks, float *maximum, float *sum);
+  void (*share)(const KvcLookupQuery *, const float *log_sum, int32_t by_sum, const int32_t *scores, int64_t first, int64_t blocks,
+                int32_t *ranks, int32_t *tops);
+  int32_t (*choose)(const int32_t *numbers, int64_t vectors, const int32_t *tops, int64_t top_vectors, int64_t stride, int64_t k,
+                    const KvcSketchRows *, uint32_t *chosen);
+  void (*find_tops)(const int32_t *scores, const uint32_t *chosen, int64_t runs, int32_t *top);
+  void (*attend)(const float *query, int32_t queries, const void *const *keys, const void *const *values, int64_t tokens, const KvcState *);
+  void (*add_rest)(const KvcLookupQuery *, const int32_t *top, const int32_t *scores, const uint32_t *chosen, int64_t chosen_stride,
+                   const int8_t *mean, const float *mean_scale, int64_t runs, const KvcState *);
+  float (*logit)(int32_t score, float scale, float base);
 };
 
 // Rows [first, last) of a linear layer for a few tokens: y[m][o] = sum_i x[m][i] * w[o][i] + bias[o].
@@ -69,11 +119,13 @@ struct KvcLinearKernel {
 };
 
 // What a shared object of kernels holds; its symbol `kvc_kernels` returns it.
-constexpr int64_t kKernelVersion = 2;
+constexpr int64_t kKernelVersion = 3;
 struct KvcKernels {
   int64_t version;
   const KvcAttendKernel *const *attend;
   int64_t attends;
   const KvcLinearKernel *const *linear;
   int64_t linears;
+  const KvcLookupKernel *const *lookup;
+  int64_t lookups;
 };

@@ -2,20 +2,14 @@
 //
 //   kvc_native::load(...)        makes the kernels of a shared object known by their content hash
 //   kvc_native::attend(...)      appends new tokens to the stores of one site and attends over them, for all sessions of a call
+//   kvc_native::lookup(...)      the same for one token over keys that a sketch finds (lookup_operator.cpp)
 //   kvc_native::linears(...)     linear layers of one input; few tokens go to a generated kernel, many to torch
 //
 // Kernels run on torch's own threads.  Which thread does what never changes a result: a chunk of keys has one state, and the
 // states of a row are merged in the order of their positions.
 #include <dlfcn.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <iterator>
 #include <mutex>
 #include <optional>
@@ -25,18 +19,15 @@
 #include <vector>
 
 #include "kernel.h"
+#include "operators.h"
 #include "stores.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 namespace {
-
-constexpr int64_t kInlineTokens = 512;  // so little work is done at once by the calling thread
 
 std::shared_mutex loading;
 std::unordered_map<uint64_t, const KvcAttendKernel *> attend_kernels;
 std::unordered_map<uint64_t, const KvcLinearKernel *> linear_kernels;
+std::unordered_map<uint64_t, const KvcLookupKernel *> lookup_kernels;
 
 // Loads a shared object of generated kernels; returns how many it holds.  A kernel is called by its content hash, of which the
 // bits of `variant` are turned over: one request built for two instruction sets is two kernels.  What is known stays as it is.
@@ -51,7 +42,8 @@ int64_t load(std::string path, int64_t variant) {
   STD_TORCH_CHECK(kernels->version == kKernelVersion, path, " was made for another version of the launcher");
   for (int64_t i = 0; i < kernels->attends; i++) attend_kernels.insert({kernels->attend[i]->key ^ variant, kernels->attend[i]});
   for (int64_t i = 0; i < kernels->linears; i++) linear_kernels.insert({kernels->linear[i]->key ^ variant, kernels->linear[i]});
-  return kernels->attends + kernels->linears;
+  for (int64_t i = 0; i < kernels->lookups; i++) lookup_kernels.insert({kernels->lookup[i]->key ^ variant, kernels->lookup[i]});
+  return kernels->attends + kernels->linears + kernels->lookups;
 }
 
 // The kernel that was loaded under a key, or null.
@@ -77,8 +69,11 @@ struct Group {
   int64_t queries() const { return tokens - skip; }
   const int64_t *seen() const { return staged.empty() ? store : staged.data(); }
   int64_t state_floats() const { return kernel->queries_per_kv * (kernel->value_dim + 2); }
-  int64_t key_bytes() const { return int64_t(kernel->head_dim) * kernel->store_bytes; }
-  int64_t value_bytes() const { return int64_t(kernel->value_dim) * kernel->store_bytes; }
+  int64_t key_bytes() const { return token_bytes(kernel->head_dim); }
+  int64_t value_bytes() const { return token_bytes(kernel->value_dim); }
+
+ private:
+  int64_t token_bytes(int64_t dim) const { return kernel->bits == 8 ? dim + kernel->store_bytes : dim * kernel->store_bytes; }
 };
 
 // The tensors of a call.
@@ -91,49 +86,15 @@ struct Call {
   int64_t query_heads;
 };
 
-KvcState state_at(float *memory, int64_t rows, int64_t value_dim) {
-  return {memory, memory + rows * value_dim, memory + rows * (value_dim + 1)};
-}
-
-// One chunk's state joins the states of the chunks before it.
-void merge(const KvcState &into, const KvcState &other, int64_t rows, int64_t value_dim) {
-  for (int64_t r = 0; r < rows; r++) {
-    const float top = std::max(into.maximum[r], other.maximum[r]);
-    if (top == -INFINITY) continue;
-    const float keep = std::exp(into.maximum[r] - top), take = std::exp(other.maximum[r] - top);
-    into.maximum[r] = top;
-    into.sum[r] = into.sum[r] * keep + other.sum[r] * take;
-    for (int64_t e = 0; e < value_dim; e++)
-      into.out[r * value_dim + e] = into.out[r * value_dim + e] * keep + other.out[r * value_dim + e] * take;
-  }
-}
-
-void store_number(float x, char *to, int32_t bytes) {
-  if (bytes == 4) {
-    std::memcpy(to, &x, 4);
-    return;
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t half = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  std::memcpy(to, &half, 2);
-}
-
 // Writes the attention of `tokens` query tokens; a learnt sink is one more logit of the denominator.
 void finish(const Call &call, const Group &group, int64_t head, int64_t query, int64_t tokens, const KvcState &state) {
   const KvcAttendKernel &kernel = *group.kernel;
   for (int64_t r = 0; r < tokens * kernel.queries_per_kv; r++) {
     const int64_t query_head = group.heads[head] * kernel.queries_per_kv + r % kernel.queries_per_kv;
-    float factor = state.sum[r] == 0 ? 0 : 1 / state.sum[r];  // NaN stays NaN
-    if (call.sinks) {
-      const float sink = call.sinks[query_head], top = std::max(state.maximum[r], sink);
-      const float scale = std::exp(state.maximum[r] - top);
-      factor = scale / (state.sum[r] * scale + std::exp(sink - top));
-    }
     const int64_t row = group.out_row + query + r / kernel.queries_per_kv;
     char *to = call.out + (row * call.query_heads + query_head) * kernel.value_dim * kernel.query_bytes;
-    for (int64_t e = 0; e < kernel.value_dim; e++)
-      store_number(state.out[r * kernel.value_dim + e] * factor, to + e * kernel.query_bytes, kernel.query_bytes);
+    write_row(state.out + r * kernel.value_dim, state.maximum[r], state.sum[r], call.sinks ? call.sinks + query_head : nullptr,
+              kernel.value_dim, to, kernel.query_bytes);
   }
 }
 
@@ -169,13 +130,24 @@ void append(const Call &call, const Group &group, const int64_t *store, int64_t 
   }
 }
 
-// One token from one store to another: its key's channels lie in the lanes of a block.
-void copy_token(const Group &group, const KvcPiece &from, char *key, char *value, int64_t slot) {
-  const int64_t lane_bytes = 4, lanes = group.key_bytes() / lane_bytes, block = kBlockTokens * group.key_bytes();
-  const char *source = (const char *)from.key + from.slot / kBlockTokens * block + from.slot % kBlockTokens * lane_bytes;
-  char *target = key + slot / kBlockTokens * block + slot % kBlockTokens * lane_bytes;
+// Lane `slot` of each of `lanes` vectors becomes what lane `from` of others is.
+void copy_lanes(char *target, int64_t slot, const char *source, int64_t from, int64_t lanes, int64_t lane_bytes) {
+  target += slot % kBlockTokens * lane_bytes, source += from % kBlockTokens * lane_bytes;
   for (int64_t i = 0; i < lanes; i++)
     std::memcpy(target + i * kBlockTokens * lane_bytes, source + i * kBlockTokens * lane_bytes, lane_bytes);
+}
+
+// One token from one store to another: its key's channels lie in the lanes of a block, of int8 in bytes with a scale behind them.
+void copy_token(const Group &group, const KvcPiece &from, char *key, char *value, int64_t slot) {
+  const int64_t block = kBlockTokens * group.key_bytes(), bytes = group.kernel->bits == 8 ? group.kernel->head_dim : 0;
+  const char *source = (const char *)from.key + from.slot / kBlockTokens * block;
+  char *target = key + slot / kBlockTokens * block;
+  if (bytes) {
+    copy_lanes(target, slot, source, from.slot, bytes, 1);
+    copy_lanes(target + bytes * kBlockTokens, slot, source + bytes * kBlockTokens, from.slot, 1, group.kernel->store_bytes);
+  } else {
+    copy_lanes(target, slot, source, from.slot, group.key_bytes() / 4, 4);
+  }
   std::memcpy(value + slot * group.value_bytes(), (const char *)from.value + from.slot * group.value_bytes(), group.value_bytes());
 }
 
@@ -234,22 +206,6 @@ void attend_tile(const Call &call, const Group &group, int64_t head, int64_t fir
     if (c) merge(state, next, rows, kernel.value_dim);
   }
   finish(call, group, head, first, tokens, state);
-}
-
-template <class F>
-void on_threads(int64_t threads, const F &work) {  // work(thread, threads)
-  if (threads <= 1) return work(0, 1);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; thread++) work(thread, threads);
-  });
-}
-
-template <class F>
-void each_on_threads(int64_t count, const F &work) {  // work(index), the next one to whoever is free
-  std::atomic<int64_t> next{0};
-  on_threads(std::min<int64_t>(count, torch::stable::get_num_threads()), [&](int64_t, int64_t) {
-    for (int64_t i; (i = next++) < count;) work(i);
-  });
 }
 
 // One query token a session: all chunks of all heads in a row, cut evenly between the threads.
@@ -338,23 +294,6 @@ void attend_many(const Call &call, const std::vector<Group *> &groups) {
   });
 }
 
-// The tensor, or a copy of it in which the numbers of a token and head lie side by side.
-Tensor rows_of(const Tensor &tensor, const char *name) {
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == 1, name, " must be [1, heads, tokens, dim]");
-  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-// Of the numbers that a kernel knows by their size.
-ScalarType number_type(int32_t bytes) { return bytes == 4 ? ScalarType::Float : ScalarType::BFloat16; }
-
-bool are_integers(const Tensor &tensor, int64_t dims) {
-  return tensor.dim() == dims && tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Long;
-}
-
-bool are_of_heads(const Tensor &numbers, int64_t heads) {
-  return numbers.dim() == 1 && numbers.is_contiguous() && numbers.size(0) == heads && numbers.scalar_type() == ScalarType::Float;
-}
-
 bool names_heads_of(const Group &group, int64_t kv_heads) {
   return std::all_of(group.heads, group.heads + group.head_count, [&](int64_t head) { return head >= 0 && head < kv_heads; });
 }
@@ -362,6 +301,7 @@ bool names_heads_of(const Group &group, int64_t kv_heads) {
 // Whether the positions of the new tokens lie in the store: a ring has a place for every one.
 bool has_room(const Group &group) {
   const int64_t *store = group.store, parts = store[1];
+  if (store[0] == kKivi) return store[kRoomEnd] >= group.end();
   return store[0] == kRing || (parts > 0 && store[2 + parts * kPartWords - 1] >= group.end());
 }
 
@@ -492,6 +432,8 @@ Tensor linears(const Tensor &any_x, const std::vector<Tensor> &weights, const st
 }
 
 }  // namespace
+
+const KvcLookupKernel *find_lookup_kernel(uint64_t key) { return find_kernel(lookup_kernels, key); }
 
 STABLE_TORCH_LIBRARY(kvc_native, m) {
   m.def("load(str path, int variant) -> int");

@@ -9,11 +9,11 @@ from importlib.resources import files
 
 import jinja2
 
-from kvcompile.ir.request import KernelRequest, LinearRequest, Request
+from kvcompile.ir.request import KernelRequest, LinearRequest, LookupRequest, Request
 
-HEADERS = ("kernel.h", "vector.h", "rows.h")
-LAUNCHER = "launcher.cpp"
-LAUNCHER_HEADERS = ("kernel.h", "stores.h")
+HEADERS = ("kernel.h", "vector.h", "rows.h", "quantised.h", "lookup.h")
+LAUNCHER = ("launcher.cpp", "lookup_operator.cpp")
+LAUNCHER_HEADERS = ("kernel.h", "stores.h", "operators.h")
 _TYPES = {"float32": "float", "bfloat16": "Bfloat16"}
 _ROWS_LIMIT = 256  # queries that share a KV head: their logits of a chunk of keys stand on the stack
 
@@ -27,6 +27,8 @@ def refusal(request: Request) -> str | None:
             return f"{name} in {dtype} has no C++ kernel"
     if max(request.head_dim, request.value_dim) > 512 or request.queries_per_kv > _ROWS_LIMIT:
         return f"head_dim {request.head_dim} with {request.queries_per_kv} queries a KV head is too large for the C++ kernels"
+    if isinstance(request, LookupRequest):
+        return None
     if request.store_dtype == "bfloat16" and request.head_dim % 2:
         return f"head_dim {request.head_dim} is odd, and bfloat16 keys are stored in pairs"
     return None
@@ -47,6 +49,17 @@ def render(request: Request) -> KernelSource:
     if isinstance(request, LinearRequest):
         template, words = "linears.cpp.jinja", _linear_words(request)
         constants = {"number_type": _TYPES[request.dtype], "max_tokens": request.max_tokens}
+    elif isinstance(request, LookupRequest):
+        template, words = "lookup.cpp.jinja", _lookup_words(request)
+        constants = {
+            "head_dim": request.head_dim,
+            "value_dim": request.value_dim,
+            "queries_per_kv": request.queries_per_kv,
+            "scale": _float(request.scale),
+            "soft_cap": _float(request.soft_cap) if request.soft_cap else "",
+            "query_type": _TYPES[request.dtype],
+            "store_type": _TYPES[request.store_dtype],
+        }
     else:
         template, words = "attend_spans.cpp.jinja", _attend_words(request)
         constants = {
@@ -62,6 +75,7 @@ def render(request: Request) -> KernelSource:
             "cache_index": request.cache_index,
             "query_type": _TYPES[request.dtype],
             "store_type": _TYPES[request.store_dtype],
+            **_quantised(request.store_quantised),
         }
     header = [
         f"// {words[0]}",
@@ -77,13 +91,14 @@ def library_sources(requests: Iterable[Request]) -> dict[str, str]:
     kernels = sorted((render(request) for request in requests), key=lambda kernel: kernel.name)
     attends = [kernel.request.key for kernel in kernels if isinstance(kernel.request, KernelRequest)]
     linears = [kernel.request.key for kernel in kernels if isinstance(kernel.request, LinearRequest)]
-    table = _template("kernels.cpp.jinja").render(attends=attends, linears=linears)
+    lookups = [kernel.request.key for kernel in kernels if isinstance(kernel.request, LookupRequest)]
+    table = _template("kernels.cpp.jinja").render(attends=attends, linears=linears, lookups=lookups)
     return {**{name: _text(name) for name in HEADERS}, **{kernel.name: kernel.text for kernel in kernels}, "kernels.cpp": table + "\n"}
 
 
 def launcher_sources() -> dict[str, str]:
     """File name -> text of the operators that call the kernels."""
-    return {name: _text(name) for name in (*LAUNCHER_HEADERS, LAUNCHER)}
+    return {name: _text(name) for name in (*LAUNCHER_HEADERS, *LAUNCHER)}
 
 
 def _attend_words(request: KernelRequest) -> list[str]:
@@ -96,12 +111,37 @@ def _attend_words(request: KernelRequest) -> list[str]:
     extras += ["ALiBi slopes join the logits"] if request.alibi else []
     extras += ["Sinks are shown another query"] if request.cache_index else []
     extras += ["One learnt sink a query head, which the launcher adds"] if request.learnt_sinks else []
+    extras += [f"Keys and values are kept as {_kept_words(request.store_quantised)}"] if request.store_quantised else []
     return [
         f"attend_spans {request.key}: a query sees {seen}.",
         *([" ".join(f"{extra}." for extra in extras)] if extras else []),
         f"{request.queries_per_kv} queries a KV head, head_dim {request.head_dim}, value_dim {request.value_dim}; "
         f"{request.dtype} queries over {request.store_dtype} keys and values, sums in float32.",
     ]
+
+
+def _lookup_words(request: LookupRequest) -> list[str]:
+    return [
+        f"lookup {request.key}: a query sees a window, the keys that a sketch finds, and an estimate of the others.",
+        *([f"Logits capped at {request.soft_cap:g}."] if request.soft_cap else []),
+        f"{request.queries_per_kv} queries a KV head, head_dim {request.head_dim}, value_dim {request.value_dim}; "
+        f"{request.dtype} queries over {request.store_dtype} keys and values, a token a row, sums in float32.",
+    ]
+
+
+def _kept_words(store: str) -> str:
+    facts = _quantised(store)
+    return f"KIVI of {facts['bits']} bits, groups of {facts['group']}" if facts["group"] else store
+
+
+def _quantised(store: str) -> dict[str, int]:
+    """bits of a number, 0 where it is kept as it is; group: tokens or channels that share a scale, 0 where no group does."""
+    match store.split():
+        case ["kivi", bits, group]:
+            return {"bits": int(bits), "group": int(group)}
+        case ["int8"]:
+            return {"bits": 8, "group": 0}
+    return {"bits": 0, "group": 0}
 
 
 def _linear_words(request: LinearRequest) -> list[str]:

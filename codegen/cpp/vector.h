@@ -19,6 +19,10 @@ KVC_INLINE V load_as(const void *from) {
   return v;
 }
 KVC_INLINE void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
+KVC_INLINE Bits load_bytes(const void *from) {
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  return __builtin_convertvector(load_as<Bytes>(from), Bits);
+}
 #else
 #if defined(__AVX2__)
 #define KVC_EACH_PART(what) what(0) what(1)
@@ -99,6 +103,10 @@ KVC_OPERATOR(T, |, KVC_OR, KVC_OR_LEFT, KVC_OR_RIGHT)
 #define KVC_SHIFT_LEFT(i) c.part##i = a.part##i << b;
 #define KVC_SHIFT_RIGHT(i) c.part##i = a << b.part##i;
 KVC_OPERATOR(T, <<, KVC_SHIFT, KVC_SHIFT_LEFT, KVC_SHIFT_RIGHT)
+#define KVC_SHIFT_DOWN(i) c.part##i = a.part##i >> b.part##i;
+#define KVC_SHIFT_DOWN_LEFT(i) c.part##i = a.part##i >> b;
+#define KVC_SHIFT_DOWN_RIGHT(i) c.part##i = a >> b.part##i;
+KVC_OPERATOR(T, >>, KVC_SHIFT_DOWN, KVC_SHIFT_DOWN_LEFT, KVC_SHIFT_DOWN_RIGHT)
 #define KVC_ABOVE(i) c.part##i = a.part##i > b.part##i;
 #define KVC_ABOVE_LEFT(i) c.part##i = a.part##i > b;
 #define KVC_ABOVE_RIGHT(i) c.part##i = a > b.part##i;
@@ -133,6 +141,16 @@ KVC_INLINE V load_as(const void *from) {
   V v;
 #define KVC_LOAD(i) std::memcpy(&v.part##i, (const char *)from + i * (64 / kParts), 64 / kParts);
   KVC_EACH_PART(KVC_LOAD)
+  return v;
+}
+KVC_INLINE Bits load_bytes(const void *from) {  // 16 of them, each in a lane
+  typedef uint8_t Bytes __attribute__((vector_size(16 / kParts)));
+  Bits v;
+  Bytes bytes;
+#define KVC_WIDEN(i)                                                        \
+  std::memcpy(&bytes, (const char *)from + i * (16 / kParts), 16 / kParts); \
+  v.part##i = __builtin_convertvector(bytes, Bits::Part);
+  KVC_EACH_PART(KVC_WIDEN)
   return v;
 }
 KVC_INLINE void store(float *to, const Floats &v) {

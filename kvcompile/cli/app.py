@@ -21,6 +21,8 @@ from kvcompile.cli.options import (
     OutputOption,
     PromptFileOption,
     PromptOption,
+    Queries,
+    QueriesOption,
     QuietOption,
     SeedOption,
     SetOption,
@@ -28,6 +30,8 @@ from kvcompile.cli.options import (
     SpecArgument,
     StopOption,
     TemperatureOption,
+    TextOption,
+    TextTokensOption,
     TokensOption,
 )
 from kvcompile.cli.output import Output
@@ -252,6 +256,39 @@ def specs(as_json: JsonOption = False) -> None:
     voice = Output(as_json=as_json)
     voice.table(Table(("spec", "about"), tuple((each["name"], each["about"]) for each in found)))
     voice.finish({"specs": found})
+
+
+@app.command()
+def recall(
+    spec: SpecArgument,
+    text: TextOption,
+    queries: QueriesOption = Queries.HELD_OUT,
+    tokens: TextTokensOption = None,
+    output: OutputOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what heads with a top_k zone find of a text of yours: recall@k, output error, bytes read, index.
+
+    The first 7/8 of the text are the cache, whose index is made as a session makes it.  --queries held-out asks up to 32 queries, evenly
+    spaced in the last eighth, each as if it stood at the end of the cache: what lies between is left out.
+
+    recall@k is the share of the k keys with the largest exact logits that was found.  output error is |o - o'| / |o| of the attention over
+    window, found keys and tail against exact attention.  read is what a step reads, in % of what full attention would read.
+
+    -o FOLDER gets recall.json, recall.txt and recall.svg, a heat map of the output error.
+    """
+    from kvcompile.cli.recalling import Question, run_recall
+    from kvcompile.spec import load_spec
+
+    loaded = load_spec(spec, overrides=options.as_overrides(assignments, output))
+    folder = Path(loaded.output.directory).expanduser() if output is not None and loaded.output.directory is not None else None
+    voice = Output(as_json=as_json, quiet=quiet)
+    try:
+        run_recall(Question(loaded, text, queries.value, tokens, folder), voice)
+    finally:
+        voice.settle()
 
 
 @app.command("sweep")

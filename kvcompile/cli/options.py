@@ -22,6 +22,12 @@ class Show(StrEnum):
     TIMING = "timing"
 
 
+class Queries(StrEnum):
+    """Which queries `--queries` asks."""
+
+    HELD_OUT = "held-out"
+
+
 def parse_contexts(text: str) -> tuple[int, ...]:
     """`8k,32k,1000` -> numbers of tokens, k = 1024."""
     try:
@@ -70,6 +76,15 @@ TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.  [default: 0]", show_default=False)
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="For sampling (the spec's seed).", show_default=False)]
+
+TextOption = Annotated[str, typer.Option("--text", metavar="FILE", help="A UTF-8 text of yours; - is stdin.", show_default=False)]
+QueriesOption = Annotated[Queries, typer.Option("--queries", help="Which queries are asked.")]
+TextTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", min=1, metavar="N", help="At most so many tokens of the text.  [default: the model's context]", show_default=False
+    ),
+]
 
 MODEL_FORMS = "Folder, hub id, file.gguf, file.pt2, package:NAME/FILE or python:module:factory."
 DEFAULT_CONTEXTS = "8k,32k,128k"

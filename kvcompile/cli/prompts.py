@@ -1,4 +1,4 @@
-"""`--prompt` and `--prompt-file` become a list of texts."""
+"""`--prompt` and `--prompt-file` become a list of texts; `--text` becomes one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
     """
     if prompt_file is None:
         return [] if prompt is None else [_some(prompt, "--prompt")]
-    text = _read(prompt_file)
+    text = read_text(prompt_file, "--prompt-file")
     texts = _lines(text, prompt_file) if prompt_file.endswith(".jsonl") else [text]
     if not texts:
         raise KvcompileError.at(prompt_file, "it holds no prompt.", "Write one JSON string a line.")
@@ -30,15 +30,16 @@ def _some(text: str, where: str) -> str:
     return text
 
 
-def _read(prompt_file: str) -> str:
+def read_text(file: str, option: str) -> str:
+    """The text of a UTF-8 file, or of stdin for `-`.  option: what named it."""
     try:
-        raw = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return raw.decode("utf-8")
     except OSError as error:
         mend = "Name a text file, or - for stdin."
-        raise KvcompileError.at(f"--prompt-file {prompt_file}", f"cannot be read: {error.strerror}.", mend) from error
+        raise KvcompileError.at(f"{option} {file}", f"cannot be read: {error.strerror}.", mend) from error
     except UnicodeDecodeError as error:
-        raise KvcompileError.at(f"--prompt-file {prompt_file}", f"is not UTF-8 (byte {error.start}).", "Convert it to UTF-8.") from error
+        raise KvcompileError.at(f"{option} {file}", f"is not UTF-8 (byte {error.start}).", "Convert it to UTF-8.") from error
 
 
 def _lines(text: str, prompt_file: str) -> list[str]:

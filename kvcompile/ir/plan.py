@@ -9,23 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvcompile.ir.policy import ITEMSIZE, All, HeadPolicy, SinkRecent, Zone
-from kvcompile.ir.request import KernelRequest
+from kvcompile.ir.indexes import BLOCK_TOKENS, index_facts, indexed_tokens, sample_bytes
+from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, SinkRecent, Static, Store, TopK
+from kvcompile.ir.request import KernelRequest, LookupRequest
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
-
-
-def zone_stored_tokens(zone: Zone, context_tokens: int, rollback_tokens: int = 0) -> int:
-    """Tokens that a zone's store holds after `context_tokens` tokens; 0 for an empty context."""
-    match zone:
-        case All():
-            return context_tokens
-        case SinkRecent():
-            return min(context_tokens, zone.window_tokens + rollback_tokens)
-
-
-def zone_read_tokens(zone: Zone, context_tokens: int) -> int:
-    """Tokens whose keys and values one decode step reads when `context_tokens` tokens (its own included) are visible."""
-    return zone_stored_tokens(zone, context_tokens)
+from kvcompile.ir.store_bytes import packed_bytes, read_bytes, row_bytes, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -34,18 +22,84 @@ class HeadGroup:
 
     capacity_tokens: address space reserved for a growable store's first span (memory is taken only when written).
     device:          where the store lives.
-    request:         the kernel that attends over it; None until `request_kernels` ran.
+    request:         the kernel that attends over it; None until `request_kernels` ran, and where torch does.
     """
 
     kv_heads: tuple[int, ...]
     policy: HeadPolicy
     capacity_tokens: int | None = None
     device: str = "cpu"
-    request: KernelRequest | None = None
+    request: KernelRequest | LookupRequest | None = None
 
     def bytes_per_token(self, site: AttentionSite) -> int:
-        """Bytes of one token's keys and values in all KV heads of the group."""
+        """Bytes of one token's keys and values in all KV heads of the group, where they are not quantised."""
         return len(self.kv_heads) * (site.head_dim + site.value_dim) * ITEMSIZE[self.policy.store.dtype or site.dtype]
+
+    def stored_tokens(self, context_tokens: int) -> int:
+        """Tokens whose keys and values are held after `context_tokens` tokens; of a policy that chooses keys, once it has chosen."""
+        policy = self.policy
+        match policy.found, policy.window:
+            case None, SinkRecent() as window:
+                return min(context_tokens, window.window_tokens + policy.rollback_tokens)
+            case Static(keys), SinkRecent() as window if context_tokens > window.window_tokens + keys:
+                return min(context_tokens, window.window_tokens + policy.rollback_tokens) + keys
+        return context_tokens
+
+    def stored_bytes(self, site: AttentionSite, context_tokens: int) -> int:
+        """Bytes that are held after `context_tokens` tokens: keys, values, index, and what is kept of queries."""
+        found, heads = self.policy.found, len(self.kv_heads)
+        total = stored_bytes(*self._format(site), context_tokens, self._ring(context_tokens), self.policy.rollback_tokens)
+        total += self._chosen_bytes(site, context_tokens)
+        if found is not None:
+            total += heads * sample_bytes(site.queries_per_kv, site.head_dim, context_tokens)
+        if isinstance(found, TopK) and (indexed := self._indexed_tokens(context_tokens)):
+            stored, _ = self._index_bytes(site, found)
+            fixed = index_facts(found.index).fixed_bytes(site.head_dim, site.value_dim, dict(found.options))
+            total += heads * (fixed + round(indexed * stored))
+        return total
+
+    def read_bytes(self, site: AttentionSite, context_tokens: int) -> int:
+        """Bytes that one decode step reads when `context_tokens` tokens, its own included, are visible.
+
+        Of a policy that looks keys up at most so many: query heads of a group may choose the same keys.
+        """
+        found, form = self.policy.found, self._format(site)
+        everything = read_bytes(*form, context_tokens, self._ring(context_tokens), self.policy.rollback_tokens)
+        if not isinstance(found, TopK):
+            return everything + self._chosen_bytes(site, context_tokens)
+        indexed, chosen = self._indexed_tokens(context_tokens - BLOCK_TOKENS), found.tokens(context_tokens)  # so many wait, on average
+        if chosen >= indexed:
+            return everything
+        rows = min(indexed, chosen * (site.queries_per_kv if found.select in ("per_query_head", "union") else 1))
+        _, scanned = self._index_bytes(site, found)
+        exact = everything - packed_bytes(*form, indexed) + rows * row_bytes(*form)
+        return exact + round(len(self.kv_heads) * indexed * scanned)
+
+    def _format(self, site: AttentionSite) -> tuple[Store, str, int, int, int]:
+        return self.policy.store, site.dtype, len(self.kv_heads), site.head_dim, site.value_dim
+
+    def _ring(self, context_tokens: int) -> SinkRecent | None:
+        """The ring that the tokens are kept in, if it is one: from the beginning, or since keys were chosen."""
+        found = self.policy.found
+        return self.policy.window if found is None or self._has_chosen(context_tokens) else None
+
+    def _has_chosen(self, context_tokens: int) -> bool:
+        found, window = self.policy.found, self.policy.window
+        return isinstance(found, Static) and window is not None and context_tokens > window.window_tokens + found.keys
+
+    def _chosen_bytes(self, site: AttentionSite, context_tokens: int) -> int:
+        """Keys and values that a static zone chose are kept as the model computed them."""
+        found = self.policy.found
+        return found.keys * self.bytes_per_token(site) if isinstance(found, Static) and self._has_chosen(context_tokens) else 0
+
+    def _indexed_tokens(self, context_tokens: int) -> int:
+        window = self.policy.window
+        assert window is not None
+        return indexed_tokens(window.window_tokens + self.policy.rollback_tokens, context_tokens)
+
+    def _index_bytes(self, site: AttentionSite, zone: TopK) -> tuple[float, float]:
+        itemsize = ITEMSIZE[self.policy.store.dtype or site.dtype]
+        return index_facts(zone.index).bytes_per_token(site.head_dim, site.value_dim, itemsize, dict(zone.options))
 
 
 @dataclass(frozen=True)
@@ -60,18 +114,10 @@ class SitePlan:
         assert covered == list(range(self.site.kv_heads)), f"{self.site.path}: KV heads covered {covered}"
 
     def stored_bytes(self, context_tokens: int) -> int:
-        return sum(
-            group.bytes_per_token(self.site) * zone_stored_tokens(zone, context_tokens, group.policy.rollback_tokens)
-            for group in self.groups
-            for zone in group.policy.zones
-        )
+        return sum(group.stored_bytes(self.site, context_tokens) for group in self.groups)
 
     def read_bytes(self, context_tokens: int) -> int:
-        return sum(
-            group.bytes_per_token(self.site) * zone_read_tokens(zone, context_tokens)
-            for group in self.groups
-            for zone in group.policy.zones
-        )
+        return sum(group.read_bytes(self.site, context_tokens) for group in self.groups)
 
     def full_bytes(self, context_tokens: int) -> int:
         """Bytes of a plain KV cache in the model's dtype: every token, in a sliding layer every token of its window."""

@@ -124,6 +124,14 @@ class Store:
         return self.quantised.describe() if self.quantised is not None else self.dtype or ""
 
 
+def can_stand_together(zones: tuple[Zone, ...]) -> bool:
+    """One zone that needs no other, or SinkRecent and one whose keys are found behind it."""
+    match zones:
+        case (All() | SinkRecent(),) | (SinkRecent(), TopK() | Static()):
+            return True
+    return False
+
+
 @dataclass(frozen=True)
 class HeadPolicy:
     """What one KV head does.
@@ -142,7 +150,7 @@ class HeadPolicy:
 
     def __post_init__(self) -> None:
         assert self.zones, f"policy {self.name} has no zone"
-        assert len(self.zones) == 1 or (isinstance(self.zones[0], SinkRecent) and len(self.zones) == 2), self.zones
+        assert can_stand_together(self.zones), self.zones
 
     @property
     def found(self) -> TopK | Static | None:

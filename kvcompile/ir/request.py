@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +15,8 @@ class KernelRequest:
 
     No layer names, no pointers, no token counts: `key` is the same for equal layers and on every run.
     dtype:         of query, new keys and values, and result.  compute_dtype: of logits, weights and sums.
-    store_dtype:   what keys and values are kept in.
+    store_dtype:   what keys and values are kept in.  store_quantised: "int8", "kivi BITS GROUP", or "" where they are not quantised;
+                   store_dtype is then that of scales and of exact tokens.
     chunk_tokens:  of these, a query sees only keys of its own chunk of so many positions; None: no such chunks.
     alibi:         a slope a query head, given at run time, times (key position - query position) joins the logit.
     cache_index:   keys in the sinks are shown another query, rotated to its place in the cache (StreamingLLM).
@@ -37,6 +39,7 @@ class KernelRequest:
     chunk_tokens: int | None = None
     alibi: bool = False
     cache_index: bool = False
+    store_quantised: str = ""
 
     @property
     def key(self) -> str:
@@ -87,5 +90,6 @@ class LinearRequest:
 Request: TypeAlias = KernelRequest | LookupRequest | LinearRequest
 
 
+@functools.cache
 def _content_hash(request: Request) -> str:
     return hashlib.sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()[:16]

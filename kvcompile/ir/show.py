@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvcompile.ir.request import LookupRequest
 from kvcompile.ir.tokens import fake_value, path_of
 from kvcompile.ir.unit import Unit
 
@@ -94,11 +95,13 @@ def unit_text(unit: Unit) -> str:
             zones = " and ".join(zone.describe() for zone in group.policy.zones)
             line = f"group {plan.site.index}: KV heads {list(group.kv_heads)} {group.policy.name} ({zones})"
             line += f" positions {group.policy.positions}" if group.policy.positions != "absolute" else ""
-            line += f" {group.policy.store.dtype}" if group.policy.store.dtype else ""
+            line += f" {store}" if (store := group.policy.store.describe()) else ""
             line += f" rollback {group.policy.rollback_tokens}" if group.policy.rollback_tokens else ""
             line += f", capacity {group.capacity_tokens} on {group.device}" if group.capacity_tokens else ""
             request = group.request
-            if request:
+            if isinstance(request, LookupRequest):
+                line += f", {request.kind} {request.device} {request.store_dtype} key {request.key}"
+            elif request:
                 seen = "all" if request.recent_tokens is None else f"{request.sink_tokens} + {request.recent_tokens}"
                 line += f", {request.kind} {request.device} {request.store_dtype}->{request.compute_dtype} sees {seen} key {request.key}"
             lines.append(line)

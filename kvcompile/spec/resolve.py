@@ -16,20 +16,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from kvcompile.ir.errors import KvcompileError, Problem, SpecError
-from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store, Zone
+from kvcompile.ir.indexes import index_facts, index_names
+from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, SinkRecent, Static, Store, TopK, Zone, can_stand_together
 from kvcompile.ir.spec import HeadRule, ModelSource, Output, Pattern, Spec, Target
+from kvcompile.ir.store_bytes import LANES
 from kvcompile.models.header import ModelHeader, exists, read_header
 from kvcompile.spec import bundled
 from kvcompile.spec.loader import Document, from_mapping, read_yaml
 from kvcompile.spec.messages import nearest, translate
 from kvcompile.spec.overrides import apply_overrides
 from kvcompile.spec.patterns import check_pattern, read_pattern
-from kvcompile.spec.schema import PolicyForm, RuleForm, SpecForm
+from kvcompile.spec.schema import PolicyForm, RuleForm, SpecForm, StoreForm, TopKForm
 from kvcompile.spec.unbuilt import UNBUILT_POLICIES, unbuilt_problems
 
 BUILT_IN = {
     "full": HeadPolicy("full", (All(),)),
     "streaming": HeadPolicy("streaming", (SinkRecent(16, 256),)),
+    "lookup": HeadPolicy("lookup", (SinkRecent(64, 256), TopK(0.01, "sketch", tail=True))),
 }
 
 
@@ -177,21 +180,43 @@ class _Reader:
         for name, policy in form.policies.items():
             users = [index for index, rule in enumerate(form.heads or []) if rule.policy == name]
             zones = tuple(self._zones(name, policy, [(index, patterns[index]) for index in users]))
-            dtype = policy.store.dtype if policy.store else None
             if name == "full" and zones and zones != (All(),):
                 self._problem(
                     "policies.full.zones",
                     "full is what KV heads without a rule do and what every compile is proved with: its zones are [all].",
                     "Give this policy another name.",
                 )
-            if zones:
-                store = Store(None if dtype == "int8" else dtype)
+            if zones and can_stand_together(zones):
+                store = self._store(name, policy.store)
                 policies[name] = HeadPolicy(name, zones, policy.positions, store, policy.rollback)
                 self._check_positions(policies[name])
         return policies
 
+    def _store(self, name: str, form: StoreForm | None) -> Store:
+        if form is None:
+            return Store()
+        quantised: Int8 | Kivi | None = Int8() if form.dtype == "int8" else None
+        path = f"policies.{name}.store"
+        if form.kivi is not None:
+            bits, group, residual = form.kivi.bits, form.kivi.group, form.kivi.residual_tokens
+            quantised = Kivi(bits, group, residual)
+            if group % LANES:
+                mend = f"Write group: {max(1, round(group / LANES)) * LANES}."
+                self._problem(f"{path}.kivi.group", f"{group} tokens or channels are no multiple of {LANES}.", mend)
+            elif residual % group:
+                what = f"{residual} tokens are no whole number of groups of {group}, and keys are quantised in groups."
+                self._problem(f"{path}.kivi.residual_tokens", what, f"Write residual_tokens: {max(1, round(residual / group)) * group}.")
+        if quantised is not None and name == "full":
+            what = "full is what every compile is proved with: its keys and values are not quantised."
+            self._problem(path, what, "Give this policy another name.")
+        return Store(None if form.dtype == "int8" else form.dtype, quantised)
+
     def _check_positions(self, policy: HeadPolicy) -> None:
-        """cache_index says where a query stands among sinks: refused where there are none."""
+        """cache_index says where a query stands among sinks: refused where there are none, and where keys far from them are shown."""
+        if policy.positions == "cache_index" and policy.found is not None:
+            what = f"cache_index moves the sinks next to the window, and {type(policy.found).__name__} shows keys between them."
+            self._problem(f"policies.{policy.name}.positions", what.replace("TopK", "top_k").replace("Static", "static"), "Write absolute.")
+            return
         sinks = [zone.sink_tokens for zone in policy.zones if isinstance(zone, SinkRecent)]
         if policy.positions == "cache_index" and not any(sinks):
             kind = "keeps no sink tokens" if sinks else "has no sink_recent zone"
@@ -212,7 +237,37 @@ class _Reader:
                 recent = self._window(f"{path}.recent_tokens", zone.sink_recent.recent_tokens, users)
                 if sink is not None and recent is not None:
                     zones.append(SinkRecent(sink, recent))
+            if zone.static is not None:
+                zones.append(Static(zone.static.keys))
+            if zone.top_k is not None and (top_k := self._top_k(f"policies.{name}.zones[{index}].top_k", zone.top_k)) is not None:
+                zones.append(top_k)
         return zones
+
+    def _top_k(self, path: str, form: TopKForm) -> TopK | None:
+        """The zone, or None where its index or k is at fault, which is then said."""
+        name, options = (form.index, {}) if isinstance(form.index, str) else next(iter(form.index.items()))
+        where = f"{path}.index" if isinstance(form.index, str) else f"{path}.index.{name}"
+        if form.k is None or form.k <= 0:
+            what = "is missing." if form.k is None else "finds no key."
+            self._problem(f"{path}.k" if form.k is not None else path, f"k {what}", "Write a number of tokens or a percentage: k: 1%.")
+            return None
+        try:
+            facts = index_facts(name)
+        except LookupError as error:
+            near = nearest(name, index_names())
+            mend = f'Did you mean "{near}"?' if near else f"Write one of {', '.join(index_names())}."
+            self._problem(where, f'the index "{name}": {error}.', mend)
+            return None
+        faults = facts.check(options)
+        for fault in faults:
+            self._problem(f"{where}.{fault.option}" if fault.option else where, f"{fault.option} {fault.what}".strip(), fault.mend)
+        if form.tail and not facts.estimates:
+            what = f"the index {name} does not estimate what it has not read."
+            self._problem(f"{path}.tail", what, "Write tail: false, or index: sketch.")
+        if form.select in ("sum", "max") and not facts.scores:
+            what = f"the index {name} does not guess every logit, which {form.select} adds up."
+            self._problem(f"{path}.select", what, "Write select: union.")
+        return None if faults else TopK(form.k, name, tuple(sorted(options.items())), form.select, form.tail)
 
     def _window(self, path: str, written: int | None, users: Sequence[tuple[int, Pattern | None]]) -> int | None:
         """sink_tokens or recent_tokens: what the policy says, else what the patterns of the rules that use it agree on."""

@@ -125,6 +125,10 @@ class SinkRecentForm(ZoneForm):
     recent_tokens: SomeTokens | None = Field(default=None, description='a number of tokens from 1, or such as "1k"', examples=[256, "1k"])
 
 
+class StaticForm(ZoneForm):
+    keys: SomeTokens = Field(description='a number of tokens from 1, or such as "1k"', examples=[64, 16])
+
+
 class OpenForm(ZoneForm):
     """A kind whose options are not settled yet; it is refused by its name (unbuilt.py)."""
 
@@ -151,7 +155,7 @@ class TopKForm(ZoneForm):
     pages: Count | None = Field(default=None, description="a number of pages from 1", examples=[8])
     page_tokens: SomeTokens | None = Field(default=None, description="a number of tokens from 1", examples=[16])
     select: Literal["per_query_head", "union", "sum", "max"] = Field(
-        default="per_query_head", description="one of per_query_head, union, sum, max", examples=["union", "max"]
+        default="union", description="one of per_query_head, union, sum, max", examples=["union", "max"]
     )
     tail: bool = Field(default=False, description="true or false", examples=[True, False])
 
@@ -180,7 +184,7 @@ class ZoneKind(Form):
     sink_recent: SinkRecentForm | None = Field(
         default=None, description="a mapping of sink_tokens, recent_tokens", examples=["{sink_tokens: 16, recent_tokens: 256}"]
     )
-    static: OpenForm | None = Field(default=None, description="a mapping", examples=["{}"])
+    static: StaticForm | None = Field(default=None, description="a mapping of keys", examples=["{keys: 64}"])
     top_k: TopKForm | None = Field(default=None, description="a mapping of k, index, select, tail", examples=["{k: 1%, index: sketch}"])
     sample: SampleForm | None = Field(default=None, description="a mapping of lsh", examples=["{lsh: {hash_bits: 10, tables: 150}}"])
     clusters: ClustersForm | None = Field(

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from kvcompile import __version__
 from kvcompile.ir.errors import Problem
 from kvcompile.spec.loader import Document
-from kvcompile.spec.schema import PolicyForm, SpecForm, StoreForm, ZoneKind
+from kvcompile.spec.schema import PolicyForm, SpecForm, ZoneKind
 
-BUILT_ZONES = ("all", "sink_recent")
-BUILT_POLICIES = ("full", "streaming")
-BUILT_STORES = ("float32", "bfloat16", "float16")
+BUILT_ZONES = ("all", "sink_recent", "static", "top_k")
+BUILT_POLICIES = ("full", "streaming", "lookup")
+FOUND_ZONES = ("static", "top_k")  # their keys are found at run time, between the sinks and the window of sink_recent
 BUILT_FORMATS = ("report",)
-UNBUILT_POLICIES = ("lookup", "magicpig", "quest", "infllm", "retroinfer")
+UNBUILT_POLICIES = ("magicpig", "quest", "infllm", "retroinfer")
 
 
 def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
@@ -26,6 +26,15 @@ def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
             yield _not_built(document.where(path), f"policy {rule.policy}", f"Built: {', '.join(BUILT_POLICIES)}, and your own.")
     if spec.prefix is not None:
         yield _not_built(document.where("prefix"), "a prefix shared by several sessions", "Take it out.")
+    if spec.target.device == "cuda":
+        for name, policy in spec.policies.items():
+            if policy.store is not None and (policy.store.kivi is not None or policy.store.dtype == "int8"):
+                where = document.where(f"policies.{name}.store")
+                yield _not_built(where, f"store {policy.store.dtype or 'kivi'} on cuda", "Write target.device: cpu.")
+            for index, zone in enumerate(policy.zones):
+                if zone.kind in FOUND_ZONES:
+                    where = document.where(f"policies.{name}.zones[{index}].{zone.kind}")
+                    yield _not_built(where, f"zone kind {zone.kind} on cuda", "Write target.device: cpu.")
     for index, name in enumerate(spec.output.formats or []):
         if name not in BUILT_FORMATS:
             where = document.where(f"output.formats[{index}]")
@@ -33,16 +42,29 @@ def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
 
 
 def _policy_problems(policy: PolicyForm, path: str, document: Document) -> Iterator[Problem]:
-    if policy.store is not None:
-        yield from _store_problems(policy.store, f"{path}.store", document)
     if policy.device is not None:
         yield _not_built(document.where(f"{path}.device"), "a device for one policy", "Write target.device; every store lives there.")
     for index, zone in enumerate(policy.zones):
         yield from _zone_problems(zone, f"{path}.zones[{index}]", document)
     kinds = [zone.kind for zone in policy.zones]
-    if len(kinds) > 1 and all(kind in BUILT_ZONES for kind in kinds):
+    if all(kind in BUILT_ZONES for kind in kinds):
+        yield from _combination_problems(kinds, document.where(f"{path}.zones"))
+
+
+def _combination_problems(kinds: list[str], where: str) -> Iterator[Problem]:
+    found = [kind for kind in kinds if kind in FOUND_ZONES]
+    if len(kinds) == 1 and not found:
+        return
+    if found and kinds == ["sink_recent", *found[:1]]:
+        return
+    if found and "sink_recent" not in kinds:
+        what = f"{found[0]} finds keys between sinks and window, and no zone says which these are."
+        yield Problem(where, what, "Write it behind a zone such as sink_recent: {sink_tokens: 64, recent_tokens: 256}.")
+    elif sorted(kinds) == sorted(["sink_recent", *found[:1]]):
+        yield Problem(where, f"sink_recent stands behind {found[0]}.", "Write sink_recent first.")
+    else:
         what = f"{' and '.join(kinds)} share tokens, which would then count twice."
-        yield Problem(document.where(f"{path}.zones"), what, "Keep one of the zones.")
+        yield Problem(where, what, "Keep one of the zones, or sink_recent and one of static, top_k behind it.")
 
 
 def _zone_problems(zone: ZoneKind, path: str, document: Document) -> Iterator[Problem]:
@@ -55,12 +77,9 @@ def _zone_problems(zone: ZoneKind, path: str, document: Document) -> Iterator[Pr
         yield _not_built(document.where(f"{path}.store"), "a store for one zone", "Write store at the policy.")
     if form.device is not None:
         yield _not_built(document.where(f"{path}.device"), "a device for one zone", "Write target.device; every store lives there.")
-
-
-def _store_problems(store: StoreForm, path: str, document: Document) -> Iterator[Problem]:
-    name = store.dtype if store.dtype is not None else "kivi"
-    if name not in BUILT_STORES:
-        yield _not_built(document.where(path), f"store {name}", f"Built: {', '.join(BUILT_STORES)}.")
+    for name in ("pages", "page_tokens"):
+        if getattr(form, name, None) is not None:
+            yield _not_built(document.where(f"{path}.{name}"), "choosing pages", "Write k, a number of tokens or a percentage.")
 
 
 def _not_built(where: str, what: str, mend: str) -> Problem:

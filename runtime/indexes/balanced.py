@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompile.runtime.indexes.index import BLOCK_TOKENS
+from kvcompile.ir.indexes import BLOCK_TOKENS
 
 _POWER_STEPS = 3
+_SAMPLE_POINTS = 128  # of a node, which its direction is found from
 
 
 def balanced_order(points_HTD: Tensor) -> Tensor:
@@ -33,17 +34,23 @@ def _sorted_within(points_HTD: Tensor, order_HT: Tensor, sizes: list[int]) -> Te
     """The order with each node's points sorted along their leading direction."""
     blocks_N = torch.tensor(sizes)
     widest = int(blocks_N.max()) * BLOCK_TOKENS
-    start_N = (blocks_N.cumsum(0) - blocks_N) * BLOCK_TOKENS
-    place_NM = start_N[:, None] + torch.arange(widest)
+    start_N1 = ((blocks_N.cumsum(0) - blocks_N) * BLOCK_TOKENS)[:, None]
     real_NM = torch.arange(widest) < blocks_N[:, None] * BLOCK_TOKENS
-    place_NM = torch.where(real_NM, place_NM, 0)
-    along_HNM = torch.stack([_along(points_TD[order_T][place_NM], real_NM) for points_TD, order_T in zip(points_HTD, order_HT, strict=True)])
-    sorted_HNM = along_HNM.sort(dim=2, stable=True).indices + start_N[:, None]  # what is no point sorts behind all
-    return order_HT.gather(1, sorted_HNM[:, real_NM])
+    place_NM = torch.where(real_NM, start_N1 + torch.arange(widest), 0)
+    stride = max(1, widest // _SAMPLE_POINTS)
+    sorted_HT = torch.empty_like(order_HT)
+    for points_TD, order_T, sorted_T in zip(points_HTD, order_HT, sorted_HT, strict=True):
+        ordered_TD = points_TD[order_T]
+        direction_ND1 = _leading_direction(ordered_TD[place_NM[:, ::stride]], real_NM[:, ::stride])
+        node_T = torch.arange(len(sizes)).repeat_interleave(blocks_N * BLOCK_TOKENS)
+        along_T = (ordered_TD * direction_ND1.squeeze(2)[node_T]).sum(1)
+        along_NM = torch.where(real_NM, along_T[place_NM], torch.inf)  # what is no point sorts behind all
+        sorted_T.copy_(order_T[(along_NM.sort(dim=1, stable=True).indices + start_N1)[real_NM]])
+    return sorted_HT
 
 
-def _along(points_NMD: Tensor, real_NM: Tensor) -> Tensor:
-    """Where each point lies along its node's leading direction; +inf where there is none."""
+def _leading_direction(points_NMD: Tensor, real_NM: Tensor) -> Tensor:
+    """The direction [N, D, 1] in which each node's points spread most."""
     weight_NM1 = real_NM.to(points_NMD.dtype)[..., None]
     centred_NMD = (points_NMD - (points_NMD * weight_NM1).sum(1, keepdim=True) / weight_NM1.sum(1, keepdim=True)) * weight_NM1
     spread_ND = centred_NMD.square().sum(1)
@@ -51,4 +58,4 @@ def _along(points_NMD: Tensor, real_NM: Tensor) -> Tensor:
     for _ in range(_POWER_STEPS):
         direction_ND1 = centred_NMD.transpose(1, 2) @ (centred_NMD @ direction_ND1)
         direction_ND1 = direction_ND1 / direction_ND1.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    return (centred_NMD @ direction_ND1).squeeze(2).masked_fill(~real_NM, torch.inf)
+    return direction_ND1

@@ -9,17 +9,16 @@ BLOCK_TOKENS of them, and is never asked about others.  Queries come multiplied 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
+from kvcompile.ir.indexes import IndexFacts
 from kvcompile.ir.policy import Select
 from kvcompile.runtime.merge import AttentionState
 from kvcompile.runtime.spans import Span
-
-BLOCK_TOKENS = 32  # an index grows by so many tokens at a time
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,9 @@ class Prompt:
     recent_HCD: Tensor
     queries_per_kv: int
     soft_cap: float | None = None
+
+
+Keys: TypeAlias = Callable[[int, int], Sequence[Span]]  # the session's keys and values at positions [from, to)
 
 
 class Found(NamedTuple):
@@ -66,12 +68,17 @@ class KeyIndex(Protocol):
         """Covers T more tokens, a multiple of BLOCK_TOKENS, behind the others."""
         ...
 
-    def search(self, query_HGD: Tensor, k: int, select: Select, keys: Sequence[Span]) -> Found:
-        """The keys that matter most; k >= end - first finds all.  keys: the session's keys, covering [first, end) at least."""
+    def search(self, query_HGD: Tensor, k: int, select: Select, keys: Keys) -> Found:
+        """The keys that matter most; k >= end - first finds all.  keys: the session's, should the index want to look at them."""
         ...
 
     def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
         """An estimate of the attention over everything covered and not found; None of an index that cannot tell."""
+        ...
+
+    def recalibrate(self, recent_HCD: Tensor, keys: Keys) -> bool:
+        """Corrects what it learnt from queries by the last ones (scaled, C at least 1).  False where they have moved so far that it
+        should be made anew."""
         ...
 
     def rollback(self, end: int) -> bool:
@@ -96,24 +103,13 @@ class KeyIndex(Protocol):
         ...
 
 
-class IndexKind(Protocol):
-    """One kind of index, as the registry holds it."""
-
-    name: str
-    estimates: bool  # whether `rest` gives an estimate: what `tail: true` asks for
-
-    def check(self, options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-        """Faults of a spec's options as (option, what is wrong, how to mend it); "" names them all."""
-        ...
+class IndexKind(IndexFacts, Protocol):
+    """One kind of index: what makes them."""
 
     def build(self, first: int, prompt: Prompt, options: Mapping[str, Any]) -> KeyIndex:
         """An index over the prompt's keys, whose first has position `first`."""
         ...
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> KeyIndex:
-        """What `KeyIndex.state` gave."""
-        ...
-
-    def bytes_per_token(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> tuple[float, float]:
-        """Bytes a token and KV head that the index stores, and that a search reads."""
+        """What `KeyIndex.state` gave.  Raises KeyError or ValueError for what it did not."""
         ...

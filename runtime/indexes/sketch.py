@@ -1,7 +1,7 @@
 """The index `sketch`: a few bytes a key that say, for any query like the prompt's, how large the logit will be.
 
-Letters: H KV heads, G queries per KV head, T keys, B blocks of BLOCK_TOKENS keys, U units of a key, C coordinates (16 U at most), D head_dim,
-E value_dim, L lanes of a half block (16 keys).
+Letters: H KV heads, G queries per KV head, T keys, B blocks of BLOCK_TOKENS keys, N half blocks of L = 16 keys, U units of a key,
+C = 16 U slots of coordinates, D head_dim, E value_dim.
 
 The method (docs/sketch.md derives it and says where it fails):
 1. Keys are centred: a shift of all logits changes no softmax.
@@ -9,10 +9,10 @@ The method (docs/sketch.md derives it and says where it fails):
    prompt's queries can tell keys apart by.
 3. A key keeps `units` units of 4 bytes: 8 coordinates of 4 bits or 16 of 2 bits each, leading coordinates first; how many are of 4 bits is
    chosen per KV head by the squared error that is left.  Levels are evenly spaced, one step a coordinate, found by trying.
-4. Keys are kept in an order whose runs of BLOCK_TOKENS have similar coordinates and similar values (balanced.py); a run keeps the mean of its
-   values in 8 bits.
-5. What is not read is estimated: each key's weight is exp(score + bias), each run adds its weights' sum times its mean value.  The bias, one
-   number a KV head, is what the prompt's last queries were wrong by: noise within exp() would make the rest too heavy.
+4. Keys are kept in an order whose runs of BLOCK_TOKENS have similar coordinates and similar values (balanced.py); a run keeps the
+   mean of its values in 8 bits.
+5. What is not read is estimated: each key's weight is exp(score + bias), each run adds its weights' sum times its mean value.  The
+   bias, one number a KV head, is what the prompt's last queries were wrong by: what the sketch leaves out of a logit would add weight.
 
 Memory, as the C++ kernel reads it too (codegen/cpp/lookup.h):
    codes      uint8 [H, T / 16, U, 64]   of 16 keys; byte 4 * lane + j of a unit holds
@@ -25,30 +25,31 @@ Memory, as the C++ kernel reads it too (codegen/cpp/lookup.h):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcompile.ir.indexes import BLOCK_TOKENS, RUN_AXES, SketchFacts
 from kvcompile.ir.policy import Select
 from kvcompile.runtime.indexes.balanced import balanced_order
-from kvcompile.runtime.indexes.index import BLOCK_TOKENS, Found, Prompt
+from kvcompile.runtime.indexes.index import Found, Keys, Prompt
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.merge import AttentionState
-from kvcompile.runtime.spans import Span
 
 LANES = 16
-UNIT_BYTES = 4
 FINE_COORDINATES, COARSE_COORDINATES = 8, 16  # of a unit: at 4 bits, at 2
-MAX_UNITS = 64
 VALUE_WEIGHT = 0.6  # of values against coordinates when keys are ordered; both have unit mean square
 _EVEN_STEP = {4: 0.3352, 2: 0.9957}  # best for a normal distribution of unit variance (Max 1960, table II)
 _STEP_FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 2.0)
 _STEP_SAMPLE = 4096  # keys that steps are chosen on
 _RIDGE = 1e-4  # of the queries' mean square: directions that no query has looked along
-_BIAS_LEFT_OUT = 0.02  # share of keys that are thought read when the bias is measured
+_LEFT_OUT = 0.02  # share of keys that are thought read when the bias is measured
+_CALIBRATION_QUERIES = 64  # of a KV head, that bias and error are measured with
+_DRIFT = 1.5  # so many times the error of the prompt's queries, and the basis no longer fits
+_SMALL_ERROR = 0.05  # nats: an error below it is as good as none
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Basis:
 
     centre_HD: mean key.  key_HDC: centred key -> coordinates.  query_HDC: query -> the same, times each coordinate's step.  step_HC.
     fine_H: how many units are of 4 bits; the others of 2.  bias_H: natural logarithm, joins the logit of a key that is not read.
+    error_H: standard deviation of a guessed logit, over keys.
+    key_axes_HDP, value_axes_HEP: centred keys and values -> the P dimensions that runs are formed in.
     """
 
     centre_HD: Tensor
@@ -65,17 +68,15 @@ class Basis:
     step_HC: Tensor
     fine_H: Tensor
     bias_H: Tensor
+    error_H: Tensor
     value_centre_HE: Tensor
-    spread_H2: Tensor  # root mean square of coordinates and of centred values
+    key_axes_HDP: Tensor
+    value_axes_HEP: Tensor
 
     @property
     def units(self) -> int:
-        return self.key_HDC.shape[2] // COARSE_COORDINATES
-
-
-def default_units(head_dim: int) -> int:
-    """head_dim / 8 bytes a key, in units of 4: 2 of 64 channels, 8 of 256."""
-    return max(1, round(head_dim / 32))
+        """Units of a key."""
+        return int(self.key_HDC.shape[2]) // COARSE_COORDINATES
 
 
 class SketchIndex:
@@ -107,7 +108,7 @@ class SketchIndex:
         new = encode(self.basis, self.end, key_HTD.float(), value_HTE.float())
         self.parts = (self.parts[0], self.parts[1].followed_by(new) if len(self.parts) > 1 else new)
 
-    def search(self, query_HGD: Tensor, k: int, select: Select, keys: Sequence[Span]) -> Found:
+    def search(self, query_HGD: Tensor, k: int, select: Select, keys: Keys) -> Found:
         """As KeyIndex; the keys themselves are not looked at."""
         score_HGT = self.scores(query_HGD)
         chosen_HGK = select_keys(score_HGT, k, select)
@@ -147,6 +148,29 @@ class SketchIndex:
         out_HGE = torch.where(seen_HG1, weight_HGB @ mean_HBE / total_HG1, 0.0)
         return AttentionState(out_HGE, torch.where(seen_HG1, peak_HG1 + total_HG1.log(), -torch.inf).squeeze(2))
 
+    def recalibrate(self, recent_HCD: Tensor, keys: Keys) -> bool:
+        """Measures bias and error anew; False where the error has grown by _DRIFT or more on some KV head."""
+        key_HTD = torch.cat([span.key_HTD.float() for span in keys(self.first, self.end)], 1)
+        before_H = self.basis.error_H
+        self.basis = self.calibrated(recent_HCD, key_HTD)
+        return bool((self.basis.error_H <= _DRIFT * before_H.clamp_min(_SMALL_ERROR)).all())
+
+    def calibrated(self, recent_HCD: Tensor, key_HTD: Tensor) -> Basis:
+        """The basis with bias and error as the queries find them; without any they are 0."""
+        tokens = key_HTD.shape[1]
+        left_out = math.ceil(_LEFT_OUT * tokens)
+        if recent_HCD.shape[1] == 0 or left_out >= tokens:
+            return self.basis
+        recent_HCD = recent_HCD[:, :: -(-recent_HCD.shape[1] // _CALIBRATION_QUERIES)]
+        guess_HCT = self.scores(recent_HCD)
+        true_HCT = recent_HCD @ key_HTD.transpose(1, 2)
+        if self.soft_cap is not None:
+            true_HCT = self.soft_cap * torch.tanh(true_HCT / self.soft_cap)
+        error_H = (true_HCT - guess_HCT).std(2).mean(1)
+        read_HCK = guess_HCT.topk(left_out, 2).indices
+        true_HC, guess_HC = (each.scatter(2, read_HCK, -torch.inf).logsumexp(2) for each in (true_HCT, guess_HCT))
+        return replace(self.basis, bias_H=(true_HC - guess_HC).mean(1), error_H=error_H)
+
     def rollback(self, end: int) -> bool:
         base, kept = self.parts[0], end - self._first
         if kept < base.tokens:
@@ -158,7 +182,8 @@ class SketchIndex:
         return SketchIndex(self._first, self.basis, self.soft_cap, self._notes, self.parts)
 
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in vars(self.basis).values()) + sum(part.nbytes() for part in self.parts)
+        basis = sum(tensor.nbytes for tensor in vars(self.basis).values())
+        return int(basis) + sum(part.nbytes() for part in self.parts)
 
     def scanned_bytes(self) -> int:
         return sum(part.nbytes() - part.position_HT.nbytes for part in self.parts)
@@ -206,7 +231,7 @@ def build_sketch(first: int, prompt: Prompt, units: int) -> SketchIndex:
     assert key_HTD.shape[1] and key_HTD.shape[1] % BLOCK_TOKENS == 0, key_HTD.shape
     basis, notes = fit_basis(key_HTD, value_HTE, prompt, units)
     index = SketchIndex(first, basis, prompt.soft_cap, notes, (encode(basis, first, key_HTD, value_HTE),))
-    index.basis = replace(basis, bias_H=_bias(index, prompt.recent_HCD, key_HTD))
+    index.basis = index.calibrated(prompt.recent_HCD, key_HTD)
     return index
 
 
@@ -245,17 +270,30 @@ def fit_basis(key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, units: int) ->
             to_key[head, :, place] = key_HDC[head, :, source]
             step_HC[head, place] = steps[bits][0][head, source]
             to_query[head, :, place] = query_HDC[head, :, source] * step_HC[head, place]
-    spread_H2 = torch.stack([_root_mean_square(sample_HTC), _root_mean_square(value_HTE - value_HTE.mean(1, keepdim=True))], 1)
-    fine_H = torch.tensor(fine, dtype=torch.int64)
-    return Basis(centre_HD, to_key, to_query, step_HC, fine_H, torch.zeros(heads), value_HTE.mean(1), spread_H2), notes
+    centred_HTE = value_HTE - value_HTE.mean(1, keepdim=True)
+    key_axes, value_axes = _run_axes(sample_HTC, centred_HTE[:, ::stride])
+    fine_H, zero_H = torch.tensor(fine, dtype=torch.int64), torch.zeros(heads)
+    basis = Basis(centre_HD, to_key, to_query, step_HC, fine_H, zero_H, zero_H, value_HTE.mean(1), key_HDC @ key_axes, value_axes)
+    return basis, notes
+
+
+def _run_axes(coordinate_HTC: Tensor, centred_HTE: Tensor) -> tuple[Tensor, Tensor]:
+    """The leading RUN_AXES directions of coordinates beside values, both of unit mean square, values times VALUE_WEIGHT: [H, C, P] and
+    [H, E, P]; zeros where there are fewer."""
+    spread_H11 = _root_mean_square(coordinate_HTC)[:, None, None]
+    value_spread_H11 = _root_mean_square(centred_HTE)[:, None, None] / VALUE_WEIGHT
+    points_HTX = torch.cat([coordinate_HTC / spread_H11, centred_HTE / value_spread_H11], 2)
+    directions_HXP = torch.linalg.eigh(points_HTX.transpose(1, 2) @ points_HTX)[1].flip(2)[..., :RUN_AXES]
+    directions_HXP = torch.nn.functional.pad(directions_HXP, (0, RUN_AXES - directions_HXP.shape[2]))
+    channels = coordinate_HTC.shape[2]
+    return directions_HXP[:, :channels] / spread_H11, directions_HXP[:, channels:] / value_spread_H11
 
 
 def encode(basis: Basis, first: int, key_HTD: Tensor, value_HTE: Tensor) -> Rows:
     """The rows of keys at positions from `first` on; T is a multiple of BLOCK_TOKENS."""
-    coordinate_HTC = (key_HTD - basis.centre_HD[:, None]) @ basis.key_HDC
-    spread_HC, spread_HV = basis.spread_H2[:, :1, None], basis.spread_H2[:, 1:, None]
-    points_HTX = torch.cat([coordinate_HTC / spread_HC, VALUE_WEIGHT * (value_HTE - basis.value_centre_HE[:, None]) / spread_HV], 2)
-    order_HT = balanced_order(points_HTX)
+    centred_HTD, centred_HTE = key_HTD - basis.centre_HD[:, None], value_HTE - basis.value_centre_HE[:, None]
+    coordinate_HTC = centred_HTD @ basis.key_HDC
+    order_HT = balanced_order(centred_HTD @ basis.key_axes_HDP + centred_HTE @ basis.value_axes_HEP)
     coordinate_HTC = coordinate_HTC.gather(1, order_HT[..., None].expand_as(coordinate_HTC))
     top_H1C = (_levels(basis.fine_H, basis.units) - 1)[:, None]
     level_HTC = (coordinate_HTC / basis.step_HC[:, None] + top_H1C / 2).round().clamp(min=torch.zeros(()), max=top_H1C).to(torch.uint8)
@@ -313,7 +351,7 @@ def _query_moment(centred_HTD: Tensor, prompt: Prompt) -> tuple[Tensor, tuple[st
 
     Where the prompt asked fewer queries than twice head_dim, the keys' own moment stands in for the missing ones.
     """
-    heads, _, head_dim = centred_HTD.shape
+    head_dim = centred_HTD.shape[2]
     wanted = 2 * head_dim
     moment_HDD = prompt.gram_HDD.double()
     notes: tuple[str, ...] = ()
@@ -340,7 +378,8 @@ def _steps(sample_HTC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _rounded(sample_HTC: Tensor, step_HC: Tensor, bits: int) -> Tensor:
     middle = (2**bits - 1) / 2
     step_H1C = step_HC[:, None]
-    return ((sample_HTC / step_H1C + middle).round().clamp(0, 2 * middle) - middle) * step_H1C
+    levels_HTC: Tensor = (sample_HTC / step_H1C + middle).round().clamp(0, 2 * middle)
+    return (levels_HTC - middle) * step_H1C
 
 
 def _fine_units(sample_TC: Tensor, steps: Mapping[int, tuple[Tensor, Tensor]], units: int) -> int:
@@ -355,50 +394,17 @@ def _fine_units(sample_TC: Tensor, steps: Mapping[int, tuple[Tensor, Tensor]], u
     return errors.index(min(errors))
 
 
-def _bias(index: SketchIndex, recent_HCD: Tensor, key_HTD: Tensor) -> Tensor:
-    """[H]: how much too little the log of the rest's weights is, on average over the prompt's last queries; 0 without any."""
-    tokens = key_HTD.shape[1]
-    left_out = math.ceil(_BIAS_LEFT_OUT * tokens)
-    if recent_HCD.shape[1] == 0 or left_out >= tokens:
-        return torch.zeros(len(key_HTD))
-    guess_HCT = index.scores(recent_HCD)
-    true_HCT = recent_HCD @ key_HTD.transpose(1, 2)
-    if index.soft_cap is not None:
-        true_HCT = index.soft_cap * torch.tanh(true_HCT / index.soft_cap)
-    read_HCK = guess_HCT.topk(left_out, 2).indices
-    true_HC, guess_HC = (each.scatter(2, read_HCK, -torch.inf).logsumexp(2) for each in (true_HCT, guess_HCT))
-    return (true_HC - guess_HC).mean(1)
-
-
 def _root_mean_square(x_HTX: Tensor) -> Tensor:
     """The root of the mean squared length of T vectors, [H]."""
-    return x_HTX.square().sum(2).mean(1).sqrt().clamp_min(1e-12)
+    mean_H: Tensor = x_HTX.square().sum(2).mean(1)
+    return mean_H.sqrt().clamp_min(1e-12)
 
 
-class Sketch:
-    """The kind `sketch`.  Option bytes_per_key: 4, 8, ... 256; head_dim / 8, rounded to a multiple of 4, where it is left out."""
-
-    name = "sketch"
-    estimates = True
-
-    def check(self, options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-        faults = [(name, "is no option of sketch.", "Write bytes_per_key.") for name in options if name != "bytes_per_key"]
-        size = options.get("bytes_per_key", UNIT_BYTES)
-        if type(size) is not int or size % UNIT_BYTES or not 0 < size <= MAX_UNITS * UNIT_BYTES:
-            what = f"{size!r} is not allowed: a multiple of {UNIT_BYTES} from {UNIT_BYTES} to {MAX_UNITS * UNIT_BYTES}."
-            faults.append(("bytes_per_key", what, "Write for example bytes_per_key: 8."))
-        return faults
+class Sketch(SketchFacts):
+    """The kind `sketch`."""
 
     def build(self, first: int, prompt: Prompt, options: Mapping[str, Any]) -> SketchIndex:
-        return build_sketch(first, prompt, self._units(prompt.key_HTD.shape[2], options))
+        return build_sketch(first, prompt, self.units(prompt.key_HTD.shape[2], options))
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> SketchIndex:
         return restore_sketch(tensors, numbers)
-
-    def bytes_per_token(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> tuple[float, float]:
-        scanned = self._units(head_dim, options) * UNIT_BYTES + (value_dim + 4) / BLOCK_TOKENS
-        return scanned + 4, scanned
-
-    @staticmethod
-    def _units(head_dim: int, options: Mapping[str, Any]) -> int:
-        return int(options["bytes_per_key"]) // UNIT_BYTES if "bytes_per_key" in options else default_units(head_dim)

@@ -25,7 +25,7 @@ policies:
 heads:
   - {policy: mine, layers: 0}
 """
-COMMANDS = ["cache", "compile", "env", "init", "inspect", "passes", "plan", "schema", "specs", "sweep", "validate"]
+COMMANDS = ["cache", "compile", "env", "init", "inspect", "passes", "plan", "recall", "schema", "specs", "sweep", "validate"]
 
 
 @pytest.fixture

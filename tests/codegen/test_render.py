@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvcompile.codegen.cpp.render import HEADERS, LAUNCHER, LAUNCHER_HEADERS, launcher_sources, library_sources, refusal, render
-from kvcompile.ir.request import KernelRequest, LinearRequest, Request
+from kvcompile.ir.request import KernelRequest, LinearRequest, LookupRequest, Request
 
 CPP = Path(__file__).parents[2] / "codegen" / "cpp"
 ALL = KernelRequest(
@@ -47,7 +47,8 @@ OPTIONS = replace(
     cache_index=True,
 )
 LINEARS = LinearRequest("linears", "cpu", "bfloat16", 4)
-SHOWN: dict[str, Request] = {"attend_spans_all": ALL, "attend_spans_all_options": OPTIONS, "linears": LINEARS}
+LOOKUP = LookupRequest("lookup", "cpu", 64, 64, 3, "float32", "bfloat16", 0.125, None)
+SHOWN: dict[str, Request] = {"attend_spans_all": ALL, "attend_spans_all_options": OPTIONS, "linears": LINEARS, "lookup": LOOKUP}
 OTHER: dict[str, Any] = {
     "head_dim": 128,
     "value_dim": 128,
@@ -115,7 +116,7 @@ def test_the_policy_is_told_in_words() -> None:
     )
 
 
-@pytest.mark.parametrize("file", sorted({*HEADERS, *LAUNCHER_HEADERS, LAUNCHER}))
+@pytest.mark.parametrize("file", sorted({*HEADERS, *LAUNCHER_HEADERS, *LAUNCHER}))
 def test_the_written_files_are_formatted(file: str) -> None:
     assert clang_format(file, (CPP / file).read_text(encoding="utf-8")) == ""
 
@@ -124,7 +125,7 @@ def test_the_written_files_are_formatted(file: str) -> None:
 @pytest.mark.parametrize("scale", [0.125, 1.0, 0.08838834764831845])
 def test_the_rendered_texts_are_formatted(name: str, scale: float) -> None:
     request = SHOWN[name]
-    request = replace(request, scale=scale) if isinstance(request, KernelRequest) else request
+    request = request if isinstance(request, LinearRequest) else replace(request, scale=scale)
     for file, text in library_sources([request]).items():
         assert clang_format(file, text) == "", file
 
@@ -145,13 +146,14 @@ def test_the_texts_are_the_same_on_every_run_and_in_any_order() -> None:
 
 
 def test_a_library_holds_every_request_and_every_header() -> None:
-    sources = library_sources([ALL, OPTIONS, LINEARS])
-    kernels = {render(request).name for request in (ALL, OPTIONS, LINEARS)}
+    sources = library_sources([ALL, OPTIONS, LINEARS, LOOKUP])
+    kernels = {render(request).name for request in (ALL, OPTIONS, LINEARS, LOOKUP)}
     assert set(sources) == {*HEADERS, "kernels.cpp", *kernels}
     for request in (ALL, OPTIONS):
         assert f"&kvc_attend_{request.key}," in sources["kernels.cpp"]
     assert f"&kvc_linear_{LINEARS.key}," in sources["kernels.cpp"]
-    assert set(launcher_sources()) == {*LAUNCHER_HEADERS, LAUNCHER}
+    assert f"&kvc_lookup_{LOOKUP.key}," in sources["kernels.cpp"]
+    assert set(launcher_sources()) == {*LAUNCHER_HEADERS, *LAUNCHER}
 
 
 @pytest.mark.parametrize("name", [each.name for each in fields(KernelRequest) if each.name not in ("kind", "device", "compute_dtype")])
@@ -159,6 +161,19 @@ def test_every_field_that_matters_changes_the_text(name: str) -> None:
     """Trap 17.  compute_dtype is float32 in every kernel, whose queries are refused otherwise."""
     request = replace(ALL, recent_tokens=256)
     assert body(replace(request, **{name: OTHER[name]})) != body(request)
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(LookupRequest) if each.name not in ("kind", "device")])
+def test_every_field_of_a_lookup_that_matters_changes_the_text(name: str) -> None:
+    other = "bfloat16" if name == "dtype" else OTHER[name]
+    assert body(replace(LOOKUP, **{name: other})) != body(LOOKUP)
+
+
+def test_a_lookup_is_told_in_words() -> None:
+    assert render(replace(LOOKUP, soft_cap=30.0)).text.splitlines()[1:3] == [
+        "// Logits capped at 30.",
+        "// 3 queries a KV head, head_dim 64, value_dim 64; float32 queries over bfloat16 keys and values, a token a row, sums in float32.",
+    ]
 
 
 @pytest.mark.parametrize("name", ["dtype", "max_tokens"])
@@ -177,6 +192,9 @@ def test_every_field_of_a_linear_layer_that_matters_changes_the_text(name: str) 
         (replace(ALL, value_dim=514), "head_dim 64 with 3 queries a KV head is too large for the C++ kernels"),
         (replace(ALL, queries_per_kv=257), "head_dim 64 with 257 queries a KV head is too large for the C++ kernels"),
         (replace(LINEARS, dtype="float16"), "linear layers in float16 have no C++ kernel"),
+        (replace(LOOKUP, store_dtype="float16"), "stores in float16 has no C++ kernel"),
+        (replace(LOOKUP, head_dim=513), "head_dim 513 with 3 queries a KV head is too large for the C++ kernels"),
+        (replace(LOOKUP, head_dim=63), None),
         (ALL, None),
         (OPTIONS, None),
         (LINEARS, None),

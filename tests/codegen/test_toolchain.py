@@ -129,6 +129,13 @@ def test_the_compiler_takes_the_flags_and_they_switch_the_isa_on(compiler: toolc
     assert ran == toolchain.Ran(0, "")
 
 
+def test_instructions_for_whole_numbers_are_switched_on_where_the_machine_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "cpu_flags", lambda: frozenset({"avx512_vnni"}))
+    assert "-mavx512vnni" in isa_flags("avx512") and "-mavx512vnni" not in isa_flags("avx2")
+    monkeypatch.setattr(toolchain, "cpu_flags", frozenset)
+    assert "-mavx512vnni" not in isa_flags("avx512")
+
+
 def test_nothing_is_compiled_for_this_machine_alone_or_with_fast_math() -> None:
     flags = {flag for isa in ("avx512", "avx2", "portable") for flag in (*BASE_FLAGS, *isa_flags(isa))}
     assert not flags & {"-march=native", "-mtune=native", "-ffast-math", "-Ofast", "-Werror"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvcompile.ir.plan import ConvolutionPlan, HeadGroup, Plan, SitePlan, zone_read_tokens, zone_stored_tokens
-from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store
+from kvcompile.ir.plan import ConvolutionPlan, HeadGroup, Plan, SitePlan
+from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Static, Store, TopK
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
 
 SITE = AttentionSite(0, "layers.0", query_heads=9, kv_heads=3, head_dim=64, value_dim=32, scale=0.125, dtype="bfloat16")
@@ -25,8 +25,42 @@ def test_a_token_costs_keys_and_values_of_its_kv_heads_only():
 
 @pytest.mark.parametrize(("context", "stored", "read"), [(0, 0, 0), (1, 1, 1), (272, 272, 272), (276, 276, 272), (8192, 280, 272)])
 def test_a_ring_stops_growing_and_holds_what_a_rollback_needs(context, stored, read):
-    assert zone_stored_tokens(SinkRecent(16, 256), context, rollback_tokens=8) == stored
-    assert zone_read_tokens(SinkRecent(16, 256), context) == read
+    plan, token = site(HeadGroup((0, 1, 2), STREAMING)), 3 * (64 + 32) * 2
+    assert (plan.stored_bytes(context), plan.read_bytes(context)) == (stored * token, read * token)
+
+
+@pytest.mark.parametrize(
+    ("select", "k", "context", "read"),
+    [
+        ("union", 50, 8192, 8192 - 7840 + 3 * 50),  # 352 are sinks, window, and what waits for a whole block
+        ("per_query_head", 0.01, 8192, 8192 - 7840 + 3 * 82),
+        ("sum", 50, 8192, 8192 - 7840 + 50),
+        ("max", 9000, 8192, 8192),  # everything is chosen
+        ("union", 50, 863, 863),  # too short for an index
+        ("union", 50, 864, 864 - 512 + 3 * 50),
+    ],
+)
+def test_a_policy_that_looks_keys_up_reads_window_scan_and_chosen_keys(select, k, context, read):
+    policy = HeadPolicy("lookup", (SinkRecent(64, 256), TopK(k, "sketch", select=select)))
+    indexed = (context - 352) // 32 * 32 if read < context else 0
+    scanned = 8 + (32 + 4) / 32
+    assert site(HeadGroup((0, 1, 2), policy)).read_bytes(context) == 3 * (read * (64 + 32) * 2 + indexed * scanned)
+
+
+def test_a_policy_that_looks_keys_up_keeps_everything_its_index_and_a_sample_of_queries():
+    plan = site(HeadGroup((0, 1, 2), HeadPolicy("lookup", (SinkRecent(64, 256), TopK(50, "sketch")))))
+    basis = 4 * (2 * 64 * 32 + 24 * (64 + 32) + 64 + 32 + 32) + 16
+    sample = 4 * 64 * (64 + 64 * 3)
+    assert plan.stored_bytes(8192) == 3 * (8192 * (64 + 32) * 2 + 7872 * (8 + 36 / 32 + 4) + basis + sample)
+    assert plan.stored_bytes(0) == 3 * 4 * 64 * 64
+
+
+@pytest.mark.parametrize(("context", "stored"), [(336, 336), (337, 337), (384, 384), (385, 328 + 64), (8192, 328 + 64)])
+def test_chosen_keys_stand_beside_the_ring(context, stored):
+    policy = HeadPolicy("vertical", (SinkRecent(64, 256), Static(64)), rollback_tokens=8)
+    plan, token = site(HeadGroup((0, 1, 2), policy)), 3 * (64 + 32) * 2
+    sample = 3 * 4 * 64 * (64 + min(64, -(-context // 16)) * 3)
+    assert plan.stored_bytes(context) == stored * token + sample
 
 
 def test_groups_add_up_and_full_bytes_ignore_policies():

@@ -6,7 +6,7 @@ import pytest
 import toys
 from units import before, learnt, texts
 
-from kvcompile.ir.errors import CapacityError
+from kvcompile.ir.errors import CapacityError, SpecError
 from kvcompile.ir.show import difference
 from kvcompile.ir.spec import Target
 from kvcompile.passes.place import DEFAULT_CAPACITY_TOKENS, Place
@@ -53,3 +53,21 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_parts():
 def test_a_streaming_plan_fits_where_a_full_one_does_not():
     unit = before("place", toys.llama(layers=2), target={"memory": "1MiB"}, heads=[{"policy": "short"}])
     Place().run(replace(unit, context_tokens=1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("group", "told"),
+    [
+        (32, "kivi quantises values in groups of 32 channels, and value_dim 16 is no multiple of it.\n  Write group: 16."),
+        (16, None),
+    ],
+)
+def test_groups_that_do_not_fit_a_head_are_refused(group, told):
+    policies = {"few": {"zones": ["all"], "store": {"kivi": {"group": group}}}}
+    unit = before("place", toys.llama(layers=2), policies=policies, heads=[{"policy": "few", "kv_heads": 1}])
+    if told is None:
+        Place().run(unit)
+        return
+    with pytest.raises(SpecError) as caught:
+        Place().run(unit)
+    assert str(caught.value) == f"<spec>: policies.few.store: {unit.plan.sites[0].site.path}: {told}"

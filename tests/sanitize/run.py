@@ -28,6 +28,7 @@ from kvcompile.runtime.layout import padded
 from kvcompile.runtime.native import NativeKernels
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import native_lookup
 from native import Attention, Reader, Text, assert_right
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g")
@@ -148,6 +149,18 @@ def linears(kernels: NativeKernels, _isa: Isa) -> None:
     print("  linear layers", flush=True)
 
 
+def lookups(kernels: NativeKernels, _isa: Isa) -> None:
+    """Stores and sketches that end where their memory does."""
+    for name, site in native_lookup.SITES.items():
+        for tokens, added, forked_at in ((512, 0, None), (544, 32, 300)):
+            reader = native_lookup.Reader(site, tokens, added, forked_at)
+            for select in native_lookup.SELECTS:
+                for k in (1, 60, 400):
+                    out = native_lookup.look_up([reader], kernels, k, select, tail=True)[0]
+                    native_lookup.assert_right(out, native_lookup.right(reader, k, select, True))
+        print(f"  lookup, {name}", flush=True)
+
+
 def beyond_keys(kernels: NativeKernels, isa: Isa) -> None:
     """Must be reported: a descriptor of one token more than there is memory for; the 17th key is in a block of its own."""
     read_in(exact_reader(Text(SITES["float"], isa, 17), kernels, 16, claimed=1), 17, 17)
@@ -163,7 +176,7 @@ def beyond_ring(kernels: NativeKernels, isa: Isa) -> None:
     read_in(exact_reader(Text(SITES["bfloat16, all options"], isa, 21), kernels, 21, claimed=1), 21, 1)
 
 
-CLEAN = {"attention": attention, "stores": stores, "linears": linears}
+CLEAN = {"attention": attention, "stores": stores, "linears": linears, "lookups": lookups}
 REPORTED = {"beyond_keys": beyond_keys, "beyond_values": beyond_values, "beyond_ring": beyond_ring}
 Part = Callable[[NativeKernels, Isa], None]
 
@@ -184,7 +197,7 @@ def run_part(name: str, isa: Isa) -> None:
             if hasattr(module, word):
                 setattr(module, word, function)
     wanted: dict[str, Request] = {request.key: request for site in SITES.values() for request in site.requests(isa)}
-    wanted.update({request.key: request for request in LINEARS})
+    wanted.update({request.key: request for request in (*LINEARS, *(site.request for site in native_lookup.SITES.values()))})
     kernels = build_kernels(list(wanted.values()), isa, toolchain, FLAGS)
     part: Part = {**CLEAN, **REPORTED}[name]
     part(kernels, isa)

@@ -12,7 +12,14 @@ from kvcompile.spec.messages import form_of
 from kvcompile.spec.patterns import write_pattern
 from kvcompile.spec.schema import ClustersForm, SampleForm, SpecForm, ZoneKind
 
-ZONES = {"all": {}, "sink_recent": {"sink_tokens": 3, "recent_tokens": 5}, "sample": {"lsh": {}}}
+ZONES = {
+    "all": {},
+    "sink_recent": {"sink_tokens": 3, "recent_tokens": 5},
+    "sample": {"lsh": {}},
+    "static": {"keys": 7},
+    "top_k": {"k": 9, "index": {"sketch": {"bytes_per_key": 12}}},
+}
+BESIDE_SINKS = ("static", "top_k")
 
 
 def container(annotation):
@@ -51,6 +58,8 @@ def base(path, folder):
         spec["prefix"] = {"shared": [{"name": "a", "file": "b"}]} if "shared" in path else {}
     if "zones" in path:
         spec["policies"]["mine"]["zones"] = [{path[4]: copy.deepcopy(ZONES.get(path[4], {}))}]
+        if path[4] in BESIDE_SINKS:
+            spec["policies"]["mine"]["zones"].insert(0, {"sink_recent": dict(ZONES["sink_recent"])})
     return spec
 
 
@@ -89,7 +98,8 @@ def test_every_field_changes_the_spec_or_is_refused_by_name(path, tmp_path):
     changed = False
     for example in examples:
         value = yaml.safe_load(example) if isinstance(example, str) and example[0] in "[{" else example
-        found = outcome(put(base(path, tmp_path), path, value))
+        place = tuple(1 if step == 0 and "zones" in path and path[4] in BESIDE_SINKS else step for step in path)
+        found = outcome(put(base(path, tmp_path), place, value))
         if isinstance(found, str):
             assert "is not built in kvcompile" in found or (path == ("kvcompile",) and "2 is not allowed" in found)
             changed = True

@@ -35,6 +35,8 @@ def told(text, overrides=()):
 
 
 SINK = "policies: {mine: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 8}}]"
+SINKS = "{sink_recent: {sink_tokens: 4, recent_tokens: 8}}"
+LOOKUP = f"policies: {{a: {{zones: [{SINKS}, {{top_k: {{"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ SINK = "policies: {mine: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 
         ("heads: [{layers: 1}]", "s.yaml:2: heads[0].policy: is missing: the name of a policy.\n  Write for example policy: full."),
         (
             "heads: [{policy: strem}]",
-            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, streaming).\n  Did you mean "streaming"?',
+            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, lookup, streaming).\n  Did you mean "streaming"?',
         ),
         ("heads: [{policy: zzz}]", "Name one of them, or add it under policies."),
         (
@@ -98,6 +100,20 @@ SINK = "policies: {mine: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 
             "nan.yaml:5: scores[0][1]: the score is nan, not a finite number.\n  Scores are numbers from 0 to 1.",
         ),
         ("policies: {a: 3}", "s.yaml:2: policies.a: 3 is not allowed: a mapping of zones, positions, store, device, rollback."),
+        (
+            "policies: {a: {zones: [all], store: {kivi: {group: 24}}}}\nheads: [{policy: a}]",
+            "s.yaml:2: policies.a.store.kivi.group: 24 tokens or channels are no multiple of 16.\n  Write group: 32.",
+        ),
+        (
+            "policies: {a: {zones: [all], store: {kivi: {residual_tokens: 100}}}}\nheads: [{policy: a}]",
+            "s.yaml:2: policies.a.store.kivi.residual_tokens: 100 tokens are no whole number of groups of 32, and keys are quantised in "
+            "groups.\n  Write residual_tokens: 96.",
+        ),
+        (
+            "policies: {full: {zones: [all], store: int8}}",
+            "s.yaml:2: policies.full.store: full is what every compile is proved with: its keys and values are not quantised.\n"
+            "  Give this policy another name.",
+        ),
         ("policies: [a]", "s.yaml:2: policies: [a] is not allowed: a mapping of names to policies."),
         ("policies: {a: {}}", "s.yaml:2: policies.a.zones: is missing: a list of zones, at least one."),
         ("policies: {a: {zones: []}}", "s.yaml:2: policies.a.zones: an empty list is not allowed: a list of zones, at least one."),
@@ -209,13 +225,16 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (
-            "policies: {a: {zones: [{top_k: {k: 1%, index: sketch}}]}}",
-            "s.yaml:2: policies.a.zones[0].top_k: zone kind top_k is not built in kvcompile 0.1.0.\n  Built: all, sink_recent.",
-        ),
         ("policies: {a: {zones: [{sample: {lsh: {hash_bits: 8, tables: 75}}}]}}", "zone kind sample is not built"),
         ("policies: {a: {zones: [{clusters: {exact: 1.8%}}]}}", "zone kind clusters is not built"),
-        ("policies: {a: {zones: [{static: {any: 1}}]}}", "zone kind static is not built"),
+        (
+            f"{LOOKUP} pages: 4, page_tokens: 16}}}}]}}}}",
+            "policies.a.zones[1].top_k.pages: choosing pages is not built in kvcompile 0.1.0.\n  Write k, a number",
+        ),
+        (
+            f"target: {{device: cuda}}\n{LOOKUP} k: 1%}}}}]}}}}",
+            "s.yaml:3: policies.a.zones[1].top_k: zone kind top_k on cuda is not built in kvcompile 0.1.0.\n  Write target.device: cpu.",
+        ),
         ("policies: {a: {zones: [{state: {any: 1}}]}}", "zone kind state is not built"),
         (
             "policies: {a: {zones: [all, {sink_recent: {sink_tokens: 4, recent_tokens: 8}}]}}",
@@ -227,10 +246,10 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
         ),
         ("policies: {a: {zones: [{all: {device: cuda}}]}}", "policies.a.zones[0].all.device: a device for one zone is not built"),
         (
-            f"{SINK}, store: int8}}}}",
-            "policies.mine.store: store int8 is not built in kvcompile 0.1.0.\n  Built: float32, bfloat16, float16.",
+            f"target: {{device: cuda}}\n{SINK}, store: int8}}}}",
+            "policies.mine.store: store int8 on cuda is not built in kvcompile 0.1.0.\n  Write target.device: cpu.",
         ),
-        (f"{SINK}, store: {{kivi: {{bits: 2}}}}}}}}", "policies.mine.store: store kivi is not built"),
+        (f"target: {{device: cuda}}\n{SINK}, store: {{kivi: {{bits: 2}}}}}}}}", "policies.mine.store: store kivi on cuda is not built"),
         (
             f"{SINK}, device: cpu}}}}",
             "policies.mine.device: a device for one policy is not built in kvcompile 0.1.0.\n  Write target.device;",
@@ -242,10 +261,9 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
         ),
         ("output: {directory: x, formats: [onnx]}", "output format onnx is not built"),
         (
-            "heads: [{policy: lookup}]",
-            "s.yaml:2: heads[0].policy: policy lookup is not built in kvcompile 0.1.0.\n  Built: full, streaming,",
+            "heads: [{policy: magicpig}]",
+            "s.yaml:2: heads[0].policy: policy magicpig is not built in kvcompile 0.1.0.\n  Built: full, streaming, lookup,",
         ),
-        ("heads: [{policy: magicpig}]", "policy magicpig is not built"),
         ("heads: [{policy: quest}]", "policy quest is not built"),
         ("heads: [{policy: infllm}]", "policy infllm is not built"),
         ("heads: [{policy: retroinfer}]", "policy retroinfer is not built"),
@@ -255,6 +273,55 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
     import kvcompile
 
     assert message.replace("0.1.0", kvcompile.__version__) in told(f"kvcompile: 1\n{body}\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "policies: {a: {zones: [{top_k: {k: 1%, index: sketch}}]}}",
+            "s.yaml:2: policies.a.zones: top_k finds keys between sinks and window, and no zone says which these are.\n  Write it behind",
+        ),
+        (
+            f"policies: {{a: {{zones: [{{static: {{keys: 4}}}}, {SINKS}]}}}}",
+            "s.yaml:2: policies.a.zones: sink_recent stands behind static.\n  Write sink_recent first.",
+        ),
+        (
+            f"policies: {{a: {{zones: [{SINKS}, {{static: {{keys: 4}}}}, {{top_k: {{k: 4}}}}]}}}}",
+            "s.yaml:2: policies.a.zones: sink_recent and static and top_k share tokens",
+        ),
+        (f"{LOOKUP} index: flat}}}}]}}}}", "policies.a.zones[1].top_k: k is missing.\n  Write a number of tokens or a percentage: k: 1%."),
+        (f"{LOOKUP} k: 0}}}}]}}}}", "policies.a.zones[1].top_k.k: k finds no key."),
+        (f"{LOOKUP} k: 0%}}}}]}}}}", "policies.a.zones[1].top_k.k: k finds no key."),
+        (
+            f"{LOOKUP} k: 4, index: scetch}}}}]}}}}",
+            'policies.a.zones[1].top_k.index: the index "scetch": there is no index scetch.\n  Did you mean "sketch"?',
+        ),
+        (
+            f"{LOOKUP} k: 4, index: {{sketch: {{bytes_per_key: 7}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.sketch.bytes_per_key: bytes_per_key 7 is not allowed: a multiple of 4 from 4 to 256.",
+        ),
+        (
+            f"{LOOKUP} k: 4, index: {{sketch: {{ef: 7}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.sketch.ef: ef is no option of sketch.",
+        ),
+        (
+            f"{LOOKUP} k: 4, index: {{flat: {{ef: 7}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.flat.ef: ef is no option of flat, which has none.",
+        ),
+        (
+            f"{LOOKUP} k: 4, index: flat, tail: true}}}}]}}}}",
+            "policies.a.zones[1].top_k.tail: the index flat does not estimate what it has not read.\n  Write tail: false,",
+        ),
+        (
+            f"policies: {{a: {{zones: [{SINKS}, {{top_k: {{k: 4}}}}], positions: cache_index}}}}",
+            "policies.a.positions: cache_index moves the sinks next to the window, and top_k shows keys between them.",
+        ),
+        ("policies: {a: {zones: [{static: {any: 1}}]}}", "policies.a.zones[0].static.keys: is missing"),
+    ],
+)
+def test_zones_that_find_keys_are_checked(folder, body, message):
+    assert message in told(f"kvcompile: 1\n{body}\n")
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(folder):

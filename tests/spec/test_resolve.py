@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvcompile.ir.errors import SpecError
-from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store
+from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, SinkRecent, Store
 from kvcompile.ir.spec import HeadRule, Target
 from kvcompile.spec import bundled, bundled_specs, json_schema, load_spec
 from kvcompile.spec.patterns import write_pattern
@@ -203,7 +203,7 @@ def test_a_redefined_full_needs_no_rule_because_other_kv_heads_get_it():
 def test_a_misspelt_rule_is_told_once_and_not_as_an_unused_policy_too():
     with pytest.raises(SpecError) as caught:
         load_spec({"kvcompile": 1, "policies": NEAR, "heads": [{"policy": "naer"}]})
-    told = '<spec>: heads[0].policy: policy "naer" does not exist (there are full, near, streaming).\n  Did you mean "near"?'
+    told = '<spec>: heads[0].policy: policy "naer" does not exist (there are full, lookup, near, streaming).\n  Did you mean "near"?'
     assert str(caught.value) == told
 
 
@@ -217,3 +217,18 @@ def test_zone_all_takes_a_rollback_for_the_windows_that_a_model_has_itself():
     policies = {"mine": {"zones": ["all"], "rollback": 8}}
     spec = load_spec({"kvcompile": 1, "policies": policies, "heads": [{"policy": "mine"}]})
     assert spec.policies["mine"] == HeadPolicy("mine", (All(),), rollback_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("written", "store"),
+    [
+        ("int8", Store(quantised=Int8())),
+        ({"dtype": "int8"}, Store(quantised=Int8())),
+        ({"kivi": {}}, Store(quantised=Kivi(4, 32, 128))),
+        ({"kivi": {"bits": 2, "group": 16, "residual_tokens": 64}}, Store(quantised=Kivi(2, 16, 64))),
+    ],
+)
+def test_stores_of_fewer_bits_reach_their_policy(written, store):
+    policy = {"zones": ["all"], "store": written}
+    spec = load_spec({"kvcompile": 1, "policies": {"few": policy}, "heads": [{"policy": "few"}]})
+    assert spec.policies["few"] == HeadPolicy("few", (All(),), store=store)

@@ -1,4 +1,4 @@
-// attend_spans 3b417f00aa38bbdf: a query sees every earlier token.
+// attend_spans a313bd6bd391429e: a query sees every earlier token.
 // 3 queries a KV head, head_dim 64, value_dim 64; bfloat16 queries over bfloat16 keys and values, sums in float32.
 // Made by kvcompile from codegen/cpp/attend_spans.cpp.jinja; print it again with: kvcompile SPEC --show source
 #include "rows.h"
@@ -138,5 +138,5 @@ void append(const KvcTokens *tokens, void *keys, void *values, int64_t slot) {
 
 }  // namespace
 
-extern "C" const KvcAttendKernel kvc_attend_3b417f00aa38bbdf = {
-    0x3b417f00aa38bbdf, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Stored), kTileTokens, 0, 0, 0, 0, 0, attend, append};
+extern "C" const KvcAttendKernel kvc_attend_a313bd6bd391429e = {
+    0xa313bd6bd391429e, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Stored), kTileTokens, 0, 0, 0, 0, 0, attend, append, 0};

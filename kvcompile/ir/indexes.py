@@ -1,0 +1,128 @@
+"""What a spec and a plan must know of an index before there is one: its options, and its bytes.
+
+Built in: flat, sketch.  Others are entry points of the group `kvcompile.indexes`: an object with the attributes of `IndexFacts` and
+`build` and `restore` of runtime/indexes/index.py.  They are loaded when a spec names them, not before.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+ENTRY_POINTS = "kvcompile.indexes"
+BLOCK_TOKENS = 32  # an index grows by so many tokens at a time
+MIN_INDEXED_TOKENS = 512  # fewer than this are attended to as they are: no index is made
+RECENT_STRIDE, RECENT_POSITIONS = 16, 64  # of queries that are kept: every so many positions, so many of them
+UNIT_BYTES = 4  # of a sketch: 8 coordinates of 4 bits, or 16 of 2
+MAX_UNITS = 64
+RUN_AXES = 24  # dimensions in which a sketch forms runs of similar keys and values
+
+
+class Fault(NamedTuple):
+    """option "" is the index as a whole."""
+
+    option: str
+    what: str
+    mend: str
+
+
+class IndexFacts(Protocol):
+    """estimates: whether it can tell what is not read (`tail: true`); scores: whether it guesses every logit (`select: sum`, `max`)."""
+
+    name: str
+    estimates: bool
+    scores: bool
+
+    def check(self, options: Mapping[str, Any]) -> list[Fault]:
+        """What is wrong with the options of a spec."""
+        ...
+
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> tuple[float, float]:
+        """Bytes a token and KV head that the index holds beside keys and values, and that a search reads.  itemsize: of a key's number."""
+        ...
+
+    def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
+        """Bytes a KV head that the index holds whatever the context."""
+        ...
+
+
+class FlatFacts:
+    """Reads every key: exact, and the oracle of recall."""
+
+    name = "flat"
+    estimates = False
+    scores = True
+
+    def check(self, options: Mapping[str, Any]) -> list[Fault]:
+        return [Fault(name, "is no option of flat, which has none.", "Take it out.") for name in options]
+
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> tuple[float, float]:
+        return 0.0, float(head_dim * itemsize)
+
+    def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
+        return 0
+
+
+class SketchFacts:
+    """Option bytes_per_key: a multiple of 4; head_dim / 8 where it is left out."""
+
+    name = "sketch"
+    estimates = True
+    scores = True
+
+    def check(self, options: Mapping[str, Any]) -> list[Fault]:
+        others = [name for name in options if name != "bytes_per_key"]
+        faults = [Fault(name, "is no option of sketch.", "Write bytes_per_key, or take it out.") for name in others]
+        size = options.get("bytes_per_key", UNIT_BYTES)
+        if type(size) is not int or size % UNIT_BYTES or not 0 < size <= MAX_UNITS * UNIT_BYTES:
+            what = f"{size!r} is not allowed: a multiple of {UNIT_BYTES} from {UNIT_BYTES} to {MAX_UNITS * UNIT_BYTES}."
+            faults.append(Fault("bytes_per_key", what, "Write for example bytes_per_key: 8."))
+        return faults
+
+    def units(self, head_dim: int, options: Mapping[str, Any]) -> int:
+        """Units of UNIT_BYTES of one key."""
+        return int(options["bytes_per_key"]) // UNIT_BYTES if "bytes_per_key" in options else max(1, round(head_dim / 32))
+
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> tuple[float, float]:
+        scanned = self.units(head_dim, options) * UNIT_BYTES + (value_dim + 4) / BLOCK_TOKENS
+        return scanned + 4, scanned
+
+    def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
+        coordinates = 16 * self.units(head_dim, options)
+        maps = 2 * head_dim * coordinates + RUN_AXES * (head_dim + value_dim)
+        return 4 * (maps + head_dim + value_dim + coordinates) + 16  # runtime/indexes/sketch.py: Basis
+
+
+FLAT, SKETCH = FlatFacts(), SketchFacts()
+BUILT_IN: dict[str, IndexFacts] = {FLAT.name: FLAT, SKETCH.name: SKETCH}
+
+
+def sample_bytes(queries_per_kv: int, head_dim: int, context_tokens: int) -> int:
+    """Bytes a KV head of what a session remembers of its queries (runtime/query_sample.py)."""
+    recent = min(-(-context_tokens // RECENT_STRIDE), RECENT_POSITIONS)
+    return 4 * head_dim * (head_dim + recent * queries_per_kv)
+
+
+def indexed_tokens(window_tokens: int, context_tokens: int) -> int:
+    """Tokens that an index covers when `context_tokens` are read, of which sinks and window are `window_tokens`; 0 where none is made."""
+    covered = max(0, context_tokens - window_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+    return covered if covered >= MIN_INDEXED_TOKENS else 0
+
+
+def index_names() -> list[str]:
+    """Every index that a spec may name; nothing is loaded."""
+    return [*BUILT_IN, *sorted({point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)} - set(BUILT_IN))]
+
+
+def index_facts(name: str) -> IndexFacts:
+    """The facts of an index.  Raises LookupError, with the reason, for one that is not there or cannot be loaded."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+        try:
+            facts: IndexFacts = point.load()
+        except Exception as error:  # whatever another's package raises
+            raise LookupError(f"{point.value} cannot be loaded ({type(error).__name__}: {error})") from error
+        return facts
+    raise LookupError(f"there is no index {name}")

@@ -1,0 +1,73 @@
+"""Indexes by name, and as files.
+
+A file is safetensors: the index's tensors, and in its metadata the version of this format, the kind and the numbers, as JSON.
+Nothing in it is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.ir.indexes import index_facts, index_names
+from kvcompile.runtime.indexes.flat import Flat
+from kvcompile.runtime.indexes.index import IndexKind, KeyIndex
+from kvcompile.runtime.indexes.sketch import Sketch
+
+FORMAT = 1
+_BUILT_IN: dict[str, IndexKind] = {kind.name: kind for kind in (Flat(), Sketch())}
+
+
+def index_kind(name: str) -> IndexKind:
+    """The kind of this name: built in, or an entry point's.  Raises LookupError for one that is not there."""
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    kind: Any = index_facts(name)
+    return kind  # type: ignore[no-any-return]
+
+
+def save_index(path: str | Path, name: str, index: KeyIndex) -> None:
+    """Writes an index of kind `name`; the file appears whole or not at all."""
+    tensors, numbers = index.state()
+    metadata = {"kvcompile_index": json.dumps({"format": FORMAT, "kind": name, "numbers": numbers})}
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file({**tensors, "_": torch.zeros(1)}, temporary, metadata)  # safetensors keeps no metadata of a file without a tensor
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_index(path: str | Path) -> KeyIndex:
+    """The index in a file.  Raises SessionError for what is no such file, was made by another version or is damaged."""
+    mend = "Build the index again from the keys."
+    try:
+        with safe_open(str(path), "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys() if key != "_"}  # noqa: SIM118
+            described = (file.metadata() or {}).get("kvcompile_index")
+    except (OSError, SafetensorError) as error:
+        raise SessionError(Problem(str(path), f"is no index file ({error}).", mend)) from error
+    if described is None:
+        raise SessionError(Problem(str(path), "is a safetensors file without an index of kvcompile.", mend))
+    try:
+        header = json.loads(described)
+        if header["format"] != FORMAT:
+            what = f"was written in format {header['format']}; this version reads format {FORMAT}."
+            raise SessionError(Problem(str(path), what, mend))
+        return index_kind(header["kind"]).restore(tensors, header["numbers"])
+    except LookupError as error:
+        known = ", ".join(index_names())
+        raise SessionError(Problem(str(path), f"cannot be read ({error}); there are the indexes {known}.", mend)) from error
+    except (ValueError, TypeError) as error:
+        raise SessionError(Problem(str(path), f"is damaged ({error}).", mend)) from error

@@ -1,0 +1,238 @@
+"""Keys that are found, not scanned: the store of a policy with sink + recent tokens exact and a `top_k` zone between them.
+
+Letters: H KV heads, G queries per KV head, S new tokens, T keys, K keys chosen, D head_dim, E value_dim.
+
+All keys and values are kept.  A prompt is read with all its past, and its queries are sampled; the first token that is generated makes the
+index of what lies between sinks and window, if that is long enough to be worth one (MIN_INDEXED_TOKENS).  Later tokens leave the window
+BLOCK_TOKENS at a time: until then they are attended to exactly, so a token is always in the window, in the index or waiting.  Sites take
+turns with that work, so that no single token pays for all layers.
+
+What an index learns depends on the prompt's queries and on when the first token was generated, on nothing after it but recalibration:
+every RECALIBRATE_TOKENS tokens it is held against the last queries, and made anew where they have drifted away.  `rollback` takes back keys
+and values, and of the index what is gone; it does not take back what was learnt from queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.ir.indexes import BLOCK_TOKENS, MIN_INDEXED_TOKENS
+from kvcompile.ir.policy import SinkRecent, TopK
+from kvcompile.runtime.attend import attend_spans
+from kvcompile.runtime.attend_held import attend_held
+from kvcompile.runtime.indexes.index import Found, KeyIndex, Prompt
+from kvcompile.runtime.indexes.registry import index_kind
+from kvcompile.runtime.indexes.sketch import SketchIndex
+from kvcompile.runtime.merge import AttentionState, merge_all
+from kvcompile.runtime.native_lookup import sketch_words
+from kvcompile.runtime.query_sample import QuerySample
+from kvcompile.runtime.spans import Span
+from kvcompile.runtime.store import RowStore, Settling
+
+RECALIBRATE_TOKENS = 1024
+
+
+class LookupStore:
+    """Keys, values and their index, of the KV heads of one group.
+
+    rows: holds every token.  scale, soft_cap: of the attention.  turn: of the site, among the BLOCK_TOKENS that share the work.
+    """
+
+    def __init__(
+        self,
+        rows: RowStore,
+        window: SinkRecent,
+        zone: TopK,
+        queries_per_kv: int,
+        scale: float,
+        soft_cap: float | None,
+        rollback_tokens: int = 0,
+        turn: int = 0,
+    ) -> None:
+        self.rows = rows
+        self.window = window
+        self.zone = zone
+        self.queries_per_kv = queries_per_kv
+        self.scale = scale
+        self.soft_cap = soft_cap
+        self.rollback_tokens = rollback_tokens
+        self.turn = turn
+        self.index: KeyIndex | None = None
+        self.sample = QuerySample(rows.kv_heads, rows.head_dim)
+        self._made_at = 0
+        self._words: tuple[SketchIndex, object, object, Tensor] | None = None  # of which index, basis and parts
+
+    @property
+    def tokens(self) -> int:
+        return self.rows.tokens
+
+    def extend(self, key_HSD: Tensor, value_HSE: Tensor) -> tuple[Span, ...]:
+        return self.rows.extend(key_HSD, value_HSE)
+
+    def append(self, key_HSD: Tensor, value_HSE: Tensor) -> None:
+        self.rows.append(key_HSD, value_HSE)
+
+    def advance(self, tokens: int) -> None:
+        self.rows.advance(tokens)
+
+    def settle(self) -> None:
+        if isinstance(self.rows, Settling):
+            self.rows.settle()
+
+    def descriptor(self) -> int:
+        return self.rows.descriptor()
+
+    def observe(self, query_HGSD: Tensor, first: int) -> None:
+        """Samples the queries of new tokens at positions from `first` on."""
+        self.sample.add(query_HGSD, first, self.scale)
+
+    def refresh(self) -> KeyIndex | None:
+        """The index for the last token's query, made or extended if it is its time; None where everything is attended to."""
+        first = self.window.sink_tokens
+        tokens = self.tokens
+        end = first + (tokens - self.window.recent_tokens - self.rollback_tokens - first) // BLOCK_TOKENS * BLOCK_TOKENS
+        index = self.index
+        if index is None:
+            if end - first < MIN_INDEXED_TOKENS:
+                return None
+            self.index = index = self._built(first, end)
+        elif (tokens + self.turn) % BLOCK_TOKENS == 0:
+            if (tokens - self._made_at) // BLOCK_TOKENS % (RECALIBRATE_TOKENS // BLOCK_TOKENS) == 0 and not self._still_fits(index):
+                self.index = index = self._built(first, end)
+            elif end > index.end:
+                keys, values = _joined(self.rows.spans_between(index.end, end))
+                index.add(keys, values)
+        return None if self.zone.tokens(tokens) >= index.end - index.first else index
+
+    def native_words(self, index: KeyIndex | None) -> int:
+        """Address of what tells the C++ kernel where the index lies, good until the index changes; 0 of none."""
+        if index is None:
+            return 0
+        assert isinstance(index, SketchIndex)
+        words = self._words
+        if words is None or words[0] is not index or words[1] is not index.basis or words[2] is not index.parts:
+            words = self._words = (index, index.basis, index.parts, sketch_words(index))
+        return words[3].data_ptr()
+
+    def _still_fits(self, index: KeyIndex) -> bool:
+        recent_HCD = self.sample.recent()
+        fits = recent_HCD.shape[1] == 0 or index.recalibrate(recent_HCD, self.rows.spans_between)
+        self.sample.fade()
+        return fits
+
+    def _built(self, first: int, end: int) -> KeyIndex:
+        keys, values = _joined(self.rows.spans_between(first, end))
+        sample = self.sample
+        prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), self.queries_per_kv, self.soft_cap)
+        self._made_at = self.tokens
+        return index_kind(self.zone.index).build(first, prompt, dict(self.zone.options))
+
+    def can_rollback(self, tokens: int) -> Problem | None:
+        return self.rows.can_rollback(tokens)
+
+    def rollback(self, tokens: int) -> None:
+        """Takes back the last `tokens` tokens; an index that reaches into what is then the window is cut, or made anew when it is
+        wanted again."""
+        problem = self.can_rollback(tokens)
+        if problem is not None:
+            raise SessionError(problem)
+        self.rows.rollback(tokens)
+        index, first = self.index, self.window.sink_tokens
+        if index is None:
+            return
+        end = first + max(0, self.tokens + 1 - self.window.recent_tokens - first) // BLOCK_TOKENS * BLOCK_TOKENS
+        if index.end > end and not (end > first and index.rollback(end)):
+            self.index = None
+
+    def fork(self) -> LookupStore:
+        """A store with the same tokens and the same index; what neither changes is shared."""
+        child = LookupStore(
+            self.rows.fork(), self.window, self.zone, self.queries_per_kv, self.scale, self.soft_cap, self.rollback_tokens, self.turn
+        )
+        child.index = None if self.index is None else self.index.fork()
+        child.sample = self.sample.copy()
+        child._made_at = self._made_at
+        return child
+
+    def nbytes(self) -> int:
+        """Keys, values, index, and the sample of queries."""
+        return self.rows.nbytes() + (0 if self.index is None else self.index.nbytes()) + self.sample.nbytes()
+
+    def shared_nbytes(self) -> int:
+        return self.rows.shared_nbytes()
+
+
+def attend_prompt(store: LookupStore, query_HGSD: Tensor, first_query: int) -> AttentionState:
+    """Attention of queries at positions from `first_query` on, whose keys the store holds already, over all the past."""
+    return attend_held(
+        query_HGSD,
+        store.rows,
+        [(0, store.tokens)],
+        first_query,
+        sink_tokens=0,
+        recent_tokens=None,
+        scale=store.scale,
+        soft_cap=store.soft_cap,
+    )
+
+
+def attend_lookup(store: LookupStore, query_HG1D: Tensor, index: KeyIndex) -> AttentionState:
+    """Attention of the store's last token: exact over sinks, window and what the index finds; the rest as the policy says.
+
+    query_HG1D: [H, G, 1, D].  Returns out [H, G, 1, E] and lse [H, G, 1], float32.
+    """
+    return attend_found(store, query_HG1D, index, look_up(store, query_HG1D, index))
+
+
+def look_up(store: LookupStore, query_HG1D: Tensor, index: KeyIndex) -> Found:
+    """What the index finds for the store's last token."""
+    scaled_HGD = query_HG1D.squeeze(2).float() * store.scale
+    return index.search(scaled_HGD, store.zone.tokens(store.tokens), store.zone.select, store.rows.spans_between)
+
+
+def attend_found(store: LookupStore, query_HG1D: Tensor, index: KeyIndex, found: Found) -> AttentionState:
+    """`attend_lookup` of keys that `look_up` gave."""
+    last = store.tokens - 1
+    scaled_HGD = query_HG1D.squeeze(2).float() * store.scale
+    spans = [*store.rows.spans_between(0, index.first), *store.rows.spans_between(index.end, store.tokens)]
+    window = attend_spans(query_HG1D.float(), spans, last, sink_tokens=0, recent_tokens=None, scale=store.scale, soft_cap=store.soft_cap)
+    states = [window, _with_token(attend_chosen(store, scaled_HGD, found.position_HGK))]
+    if store.zone.tail:
+        rest = index.rest(scaled_HGD, found)
+        assert rest is not None, f"the index {store.zone.index} does not estimate"
+        states.append(_with_token(rest))
+    return merge_all(states)
+
+
+def attend_chosen(store: LookupStore, scaled_HGD: Tensor, position_HGK: Tensor) -> AttentionState:
+    """Exact attention over chosen positions (-1: none): out [H, G, E], lse [H, G], float32."""
+    _, group, chosen = position_HGK.shape
+    shared = position_HGK.stride(1) == 0  # one list for the group: each row is read once
+    asked = position_HGK[:, 0] if shared else position_HGK.flatten(1)
+    key_HKD, value_HKE = store.rows.gather(asked.clamp_min(0))
+    if shared:
+        key_HGKD, value_HGKE = key_HKD[:, None].float(), value_HKE[:, None].float()
+    else:
+        key_HGKD, value_HGKE = (each.unflatten(1, (group, chosen)).float() for each in (key_HKD, value_HKE))
+    logit_HGK = (key_HGKD @ scaled_HGD[..., None]).squeeze(3)
+    if store.soft_cap is not None:
+        logit_HGK = store.soft_cap * torch.tanh(logit_HGK / store.soft_cap)
+    logit_HGK = logit_HGK.masked_fill(position_HGK < 0, -torch.inf)
+    lse_HG = torch.logsumexp(logit_HGK, 2)
+    weight_HGK = torch.exp(logit_HGK - lse_HG[..., None])
+    return AttentionState((weight_HGK[:, :, None] @ value_HGKE).squeeze(2), lse_HG)
+
+
+def _with_token(state: AttentionState) -> AttentionState:
+    return AttentionState(state.out.unsqueeze(2), state.lse.unsqueeze(2))
+
+
+def _joined(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    """Keys and values of spans one behind the other; views where there is one."""
+    if len(spans) == 1:
+        return spans[0].key_HTD, spans[0].value_HTE
+    return torch.cat([span.key_HTD for span in spans], 1), torch.cat([span.value_HTE for span in spans], 1)

@@ -1,0 +1,70 @@
+"""What a session remembers of the queries that were asked: enough to learn which directions of the keys matter.
+
+Letters: H KV heads, G queries per KV head, S new tokens, N queries of a KV head, C queries kept, D head_dim.
+
+Which positions are sampled depends on the positions alone, so a prompt's sample does not depend on how it was cut.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompile.ir.indexes import RECENT_POSITIONS, RECENT_STRIDE
+
+MOMENT_STRIDE = 4  # every so many positions join the second moment
+
+
+class QuerySample:
+    """Second moment of the queries of each KV head's group, and the last of them, thinned out.
+
+    gram_HDD: float32, sum of q q^T of scaled queries; queries: over how many.
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int) -> None:
+        self.gram_HDD = torch.zeros(kv_heads, head_dim, head_dim)
+        self.queries = 0
+        self._recent: list[Tensor] = []  # [H, G, S, D] each
+
+    def add(self, query_HGSD: Tensor, first: int, scale: float) -> None:
+        """Queries of positions from `first` on; scale: on q.k, in them from now on."""
+        new = query_HGSD.shape[2]
+        if -first % MOMENT_STRIDE >= new:  # RECENT_STRIDE is a multiple: most of the tokens that are generated
+            return
+        sampled_HGSD = query_HGSD[:, :, -first % MOMENT_STRIDE :: MOMENT_STRIDE]
+        if sampled_HGSD.shape[2]:
+            sampled_HND = sampled_HGSD.flatten(1, 2).float() * scale
+            self.gram_HDD = self.gram_HDD + sampled_HND.transpose(1, 2) @ sampled_HND
+            self.queries += sampled_HND.shape[1]
+        last = (first + new - 1) // RECENT_STRIDE * RECENT_STRIDE - first
+        start = max(-first % RECENT_STRIDE, last - RECENT_STRIDE * (RECENT_POSITIONS - 1))
+        kept_HGSD = query_HGSD[:, :, start::RECENT_STRIDE] if start < new else query_HGSD[:, :, :0]
+        if kept_HGSD.shape[2]:
+            self._recent.append(kept_HGSD.float() * scale)
+            surplus = sum(part.shape[2] for part in self._recent) - RECENT_POSITIONS
+            while surplus > 0:
+                cut = min(surplus, self._recent[0].shape[2])
+                self._recent[0] = self._recent[0][:, :, cut:]
+                surplus -= cut
+                if not self._recent[0].shape[2]:
+                    del self._recent[0]
+
+    def recent(self) -> Tensor:
+        """The last queries, float32 [H, C, D]; C = 0 of none."""
+        if not self._recent:
+            return torch.zeros(len(self.gram_HDD), 0, self.gram_HDD.shape[2])
+        return torch.cat(self._recent, 2).flatten(1, 2)
+
+    def fade(self) -> None:
+        """Counts what was added so far for half, so that later queries weigh more."""
+        self.gram_HDD = self.gram_HDD / 2
+        self.queries //= 2
+
+    def copy(self) -> QuerySample:
+        """The same sample; tensors are replaced, never changed, so both may go on."""
+        other = QuerySample.__new__(QuerySample)
+        other.gram_HDD, other.queries, other._recent = self.gram_HDD, self.queries, list(self._recent)
+        return other
+
+    def nbytes(self) -> int:
+        return self.gram_HDD.nbytes + sum(part.nbytes for part in self._recent)

@@ -1,0 +1,326 @@
+"""Indexes: what they find is held against a plain scan in float64, what they estimate against the attention itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcompile.ir.errors import SessionError
+from kvcompile.ir.indexes import BLOCK_TOKENS, SKETCH, index_facts, index_names
+from kvcompile.runtime.indexes.balanced import balanced_order
+from kvcompile.runtime.indexes.index import KeyIndex, Prompt
+from kvcompile.runtime.indexes.registry import index_kind, load_index, save_index
+from kvcompile.runtime.indexes.select import select_keys
+from kvcompile.runtime.indexes.sketch import SketchIndex, build_sketch, pack, unpack
+from kvcompile.runtime.spans import Span
+
+HEADS, GROUP = 2, 3
+
+
+@dataclasses.dataclass
+class Past:
+    """Keys, values and queries with directions that matter: queries look along few of the keys' dimensions."""
+
+    key_HTD: Tensor
+    value_HTE: Tensor
+    query_HND: Tensor
+
+    def span(self, first: int = 0) -> Span:
+        return Span(first, self.key_HTD, self.value_HTE)
+
+    def keys(self, first: int, end: int) -> list[Span]:
+        return [self.span().between(first, end)]
+
+    def prompt(self, first: int, end: int, queries: int | None = None) -> Prompt:
+        asked_HND = self.query_HND[:, :queries]
+        gram_HDD = asked_HND.transpose(1, 2) @ asked_HND
+        return Prompt(self.key_HTD[:, first:end], self.value_HTE[:, first:end], gram_HDD, asked_HND.shape[1], asked_HND[:, -64:], GROUP)
+
+
+def past(tokens: int = 1024, dim: int = 64, seed: int = 0) -> Past:
+    generator = torch.Generator().manual_seed(seed)
+    mix_HDD = torch.randn(HEADS, dim, dim, generator=generator) * torch.logspace(0, -2, dim)[:, None]
+    topics_HCD = torch.randn(HEADS, 24, dim, generator=generator) @ mix_HDD
+    which_HT = torch.randint(24, (HEADS, tokens), generator=generator)
+    noise_HTD = 0.4 * torch.randn(HEADS, tokens, dim, generator=generator) @ mix_HDD
+    key_HTD = topics_HCD.gather(1, which_HT[..., None].expand(-1, -1, dim)) + noise_HTD + 3.0
+    value_topics_HCE = torch.randn(HEADS, 24, dim, generator=generator)
+    value_HTE = value_topics_HCE.gather(1, which_HT[..., None].expand(-1, -1, dim)) + 0.3 * torch.randn(
+        HEADS, tokens, dim, generator=generator
+    )
+    query_HND = torch.randn(HEADS, 600, dim, generator=generator) @ mix_HDD / dim**0.5
+    return Past(key_HTD, value_HTE, query_HND)
+
+
+def attention(query_HGD: Tensor, key_HTD: Tensor, value_HTE: Tensor) -> tuple[Tensor, Tensor]:
+    logit_HGT = query_HGD.double() @ key_HTD.double().transpose(1, 2)
+    return torch.softmax(logit_HGT, 2) @ value_HTE.double(), logit_HGT.logsumexp(2)
+
+
+# --- selection -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_query_head_chooses_its_own():
+    score_HGT = torch.tensor([[[5.0, 1.0, 4.0, 0.0], [0.0, 3.0, 2.0, 9.0]]])
+    assert select_keys(score_HGT, 2, "per_query_head").tolist() == [[[0, 2], [1, 3]]]
+
+
+def test_the_union_is_shared_and_rows_that_find_fewer_end_in_minus_one():
+    score_HGT = torch.tensor([[[5.0, 1.0, 4.0, 0.0], [5.0, 3.0, 4.0, 1.0]], [[5.0, 1.0, 4.0, 0.0], [0.0, 3.0, 2.0, 9.0]]])
+    assert select_keys(score_HGT, 2, "union").tolist() == [[[0, 2, -1, -1]] * 2, [[0, 1, 2, 3]] * 2]
+
+
+@pytest.mark.parametrize("select", ["sum", "max"])
+def test_sum_and_max_choose_by_weight_not_by_logit(select):
+    score_HGT = torch.tensor([[[100.0, 99.0, 98.0, 0.0], [0.0, 0.0, 0.0, 2.0]]])  # the first head's logits are all large
+    chosen = select_keys(score_HGT, 2, select)
+    assert chosen.tolist() == [[[0, 3], [0, 3]]]
+
+
+def test_of_equal_keys_the_earlier_is_chosen():
+    assert select_keys(torch.zeros(1, 1, 9), 3, "per_query_head").tolist() == [[[0, 1, 2]]]
+
+
+@pytest.mark.parametrize("select", ["per_query_head", "union", "sum", "max"])
+def test_more_than_there_are_is_all(select):
+    assert select_keys(torch.randn(1, 2, 5), 7, select).tolist() == [[[0, 1, 2, 3, 4]] * 2]
+
+
+# --- balanced runs -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8, 33])
+def test_every_point_stands_once_in_the_order(blocks):
+    points_HTD = torch.randn(2, blocks * BLOCK_TOKENS, 5, generator=torch.Generator().manual_seed(1))
+    order_HT = balanced_order(points_HTD)
+    assert torch.equal(order_HT.sort(1).values, torch.arange(blocks * BLOCK_TOKENS).expand(2, -1))
+
+
+def test_runs_are_closer_together_than_positions_are():
+    given = past()
+    order_HT = balanced_order(given.key_HTD)
+    ordered_HTD = given.key_HTD.gather(1, order_HT[..., None].expand_as(given.key_HTD))
+    within = [each.unflatten(1, (-1, BLOCK_TOKENS)).var(2).sum() for each in (ordered_HTD, given.key_HTD)]
+    assert within[0] < 0.6 * within[1]
+
+
+# --- codes ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_codes_are_unpacked_as_they_were_packed():
+    generator = torch.Generator().manual_seed(0)
+    fine_H = torch.tensor([0, 1, 3])
+    is_fine = torch.arange(3) < fine_H[:, None]
+    level_HTUC = torch.randint(4, (3, 64, 3, 16), generator=generator)
+    fine_HTUC = torch.randint(16, (3, 64, 3, 16), generator=generator) * (torch.arange(16) < 8)
+    level_HTC = torch.where(is_fine[:, None, :, None], fine_HTUC, level_HTUC).flatten(2).to(torch.uint8)
+    codes = pack(level_HTC, fine_H)
+    assert codes.shape == (3, 4, 3, 64)
+    assert torch.equal(unpack(codes, fine_H), level_HTC)
+
+
+# --- what is found and estimated -----------------------------------------------------------------------------------------------------
+
+
+def test_flat_finds_the_best_keys():
+    given = past()
+    index = index_kind("flat").build(64, given.prompt(64, 960), {})
+    query_HGD = given.query_HND[:, :GROUP]
+    found = index.search(query_HGD, 20, "per_query_head", given.keys)
+    logit_HGT = query_HGD.double() @ given.key_HTD[:, 64:960].double().transpose(1, 2)
+    assert torch.equal(found.position_HGK, logit_HGT.topk(20, 2).indices.sort(2).values + 64)
+
+
+def sketch(given: Past, first: int, end: int, **other: int) -> SketchIndex:
+    return build_sketch(first, given.prompt(first, end), SKETCH.units(given.key_HTD.shape[2], {**other}))
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
+def test_a_sketch_finds_what_matters(dim):
+    given = past(dim=dim)
+    index = sketch(given, 64, 960)
+    query_HGD = given.query_HND[:, 500 : 500 + GROUP]
+    found_HGK = index.search(query_HGD, 200, "per_query_head", given.keys).position_HGK
+    best_HGK = (query_HGD @ given.key_HTD[:, 64:960].transpose(1, 2)).topk(50, 2).indices + 64
+    recall = (best_HGK[..., None] == found_HGK[..., None, :]).any(3).float().mean()
+    assert recall > 0.9
+
+
+def test_what_is_found_and_the_estimate_of_the_rest_are_nearly_the_attention():
+    given = past()
+    given.query_HND /= 8  # flat: most of the weight is not read
+    index = sketch(given, 0, 1024)
+    query_HGD = given.query_HND[:, 500 : 500 + GROUP]
+    found = index.search(query_HGD, 20, "union", given.keys)
+    expected, expected_lse = attention(query_HGD, given.key_HTD, given.value_HTE)
+    seen_HT = torch.zeros(HEADS, 1025, dtype=torch.bool).scatter_(1, found.position_HGK[:, 0] % 1025, True)[:, :1024]
+    logit_HGT = (query_HGD.double() @ given.key_HTD.double().transpose(1, 2)).masked_fill(~seen_HT[:, None], -torch.inf)
+    rest = index.rest(query_HGD, found)
+    lse_HG = torch.logaddexp(logit_HGT.logsumexp(2), rest.lse.double())
+    out = torch.exp(logit_HGT - lse_HG[..., None]) @ given.value_HTE.double() + torch.exp(rest.lse - lse_HG)[..., None] * rest.out
+    without = torch.softmax(logit_HGT, 2) @ given.value_HTE.double()
+    error, error_without = ((each - expected).norm(dim=2).mean() / expected.norm(dim=2).mean() for each in (out, without))
+    assert error < 0.25 * error_without
+    assert (lse_HG - expected_lse).abs().max() < 0.2  # as measured: the estimate is no bound
+
+
+def test_the_estimate_of_nothing_is_empty():
+    given = past()
+    index = sketch(given, 0, 512)
+    query_HGD = given.query_HND[:, :GROUP]
+    rest = index.rest(query_HGD, index.search(query_HGD, 512, "union", given.keys))
+    assert (rest.lse == -torch.inf).all() and (rest.out == 0).all()
+
+
+def test_a_bias_that_was_not_measured_is_zero():
+    given = past()
+    prompt = dataclasses.replace(given.prompt(0, 512), recent_HCD=torch.zeros(HEADS, 0, 64))
+    assert (build_sketch(0, prompt, 2).basis.bias_H == 0).all()
+
+
+def test_few_queries_are_said_and_still_serve():
+    given = past()
+    few = build_sketch(0, given.prompt(0, 1024, queries=5), 2)
+    assert "5 queries" in few.notes[0]
+    assert not sketch(given, 0, 1024).notes
+    none = build_sketch(0, given.prompt(0, 1024, queries=0), 2)
+    query_HGD = given.query_HND[:, 500 : 500 + GROUP]
+    best_HGK = (query_HGD @ given.key_HTD.transpose(1, 2)).topk(20, 2).indices
+    for index in (few, none):
+        found_HGK = index.search(query_HGD, 200, "per_query_head", given.keys).position_HGK
+        assert (best_HGK[..., None] == found_HGK[..., None, :]).any(3).float().mean() > 0.7
+
+
+def test_equal_keys_and_no_value_give_finite_numbers():
+    prompt = Prompt(torch.ones(1, 64, 16), torch.zeros(1, 64, 16), torch.zeros(1, 16, 16), 0, torch.ones(1, 4, 16), 2)
+    index = build_sketch(0, prompt, 1)
+    query_HGD = torch.randn(1, 2, 16)
+    found = index.search(query_HGD, 3, "union", lambda first, end: ())
+    rest = index.rest(query_HGD, found)
+    assert rest.out.isfinite().all() and rest.lse.isfinite().all()
+
+
+# --- growth ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flat", "sketch"])
+def test_added_keys_are_found_and_taken_back(name):
+    given = past()
+    index = index_kind(name).build(64, given.prompt(64, 576), {})
+    before = index.search(given.query_HND[:, :GROUP], 30, "union", given.keys)
+    child = index.fork()
+    for at in range(576, 832, 64):
+        index.add(given.key_HTD[:, at : at + 64], given.value_HTE[:, at : at + 64])
+    assert (index.first, index.end, child.end) == (64, 832, 576)
+    centred_HTD = given.key_HTD - given.key_HTD[:, 64:576].mean(1, keepdim=True)
+    query_HGD = 40 * centred_HTD[:, 800:801] / centred_HTD[:, 800:801].square().sum(2, keepdim=True)  # looks for one of the new keys
+    assert (index.search(query_HGD.expand(-1, GROUP, -1), 40, "union", given.keys).position_HGK == 800).any(2).all()
+    assert index.rollback(576)
+    for each in (index, child):
+        after = each.search(given.query_HND[:, :GROUP], 30, "union", given.keys)
+        assert torch.equal(after.position_HGK, before.position_HGK)
+
+
+def test_a_sketch_says_when_it_cannot_be_cut():
+    index = sketch(past(), 0, 512)
+    assert not index.rollback(480)
+    assert index.end == 512
+
+
+def test_added_one_block_at_a_time_or_all_the_same_keys_are_covered():
+    given = past()
+    one = sketch(given, 0, 512)
+    one.add(given.key_HTD[:, 512:544], given.value_HTE[:, 512:544])
+    one.add(given.key_HTD[:, 544:576], given.value_HTE[:, 544:576])
+    both = sketch(given, 0, 512)
+    both.add(given.key_HTD[:, 512:576], given.value_HTE[:, 512:576])
+    query_HGD = given.query_HND[:, :GROUP]
+    torch.testing.assert_close(one.scores(query_HGD), both.scores(query_HGD))
+
+
+def test_queries_that_drift_are_noticed():
+    given, other = past(), past(seed=9)
+    index = sketch(given, 0, 1024)
+    assert index.recalibrate(given.query_HND[:, 500:564], given.keys)
+    assert not index.recalibrate(20 * other.query_HND[:, :64], given.keys)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------------------
+
+
+def indexes() -> list[tuple[str, KeyIndex]]:
+    given = past()
+    grown = sketch(given, 0, 512)
+    grown.add(given.key_HTD[:, 512:544], given.value_HTE[:, 512:544])
+    return [("flat", index_kind("flat").build(0, given.prompt(0, 512), {})), ("sketch", sketch(given, 0, 512)), ("sketch", grown)]
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_a_file_holds_an_equal_index(case, tmp_path):
+    name, index = indexes()[case]
+    save_index(tmp_path / "index.safetensors", name, index)
+    loaded = load_index(tmp_path / "index.safetensors")
+    given = past()
+    query_HGD = given.query_HND[:, :GROUP]
+    first, second = (each.search(query_HGD, 25, "union", given.keys) for each in (index, loaded))
+    assert torch.equal(first.position_HGK, second.position_HGK)
+    assert (loaded.first, loaded.end, loaded.nbytes(), loaded.notes) == (index.first, index.end, index.nbytes(), index.notes)
+    assert [path.name for path in tmp_path.iterdir()] == ["index.safetensors"]
+
+
+def test_what_is_no_index_file_is_refused(tmp_path):
+    path = tmp_path / "index.safetensors"
+    name, index = indexes()[1]
+    save_index(path, name, index)
+    whole = path.read_bytes()
+    for content, told in (
+        (b"", "is no index file"),
+        (whole[: len(whole) // 2], "is no index file"),
+        (whole.replace(b'format\\": 1', b'format\\": 7'), "format 7"),
+        (whole.replace(b'kind\\": \\"sketch', b'kind\\": \\"sketcj'), "sketcj"),
+    ):
+        assert content != whole
+        path.write_bytes(content)
+        with pytest.raises(SessionError, match=told):
+            load_index(path)
+    with pytest.raises(SessionError, match="is no index file"):
+        load_index(tmp_path / "missing")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    name, index = indexes()[1]
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        save_index(tmp_path / "index.safetensors", name, index)
+    assert not list(tmp_path.iterdir())
+
+
+# --- names -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_others_indexes_come_by_entry_points(monkeypatch):
+    class Point:
+        name, value = "mine", "package:kind"
+
+        def load(self):
+            return index_kind("flat")
+
+    def points(group, name=None):
+        return [Point()] if name in (None, "mine") else []
+
+    monkeypatch.setattr("importlib.metadata.entry_points", points)
+    assert "mine" in index_names()
+    assert index_facts("mine") is index_kind("mine") is index_kind("flat")
+    with pytest.raises(LookupError):
+        index_facts("yours")
+
+
+def test_bytes_are_what_the_plan_counts():
+    given = past(dim=64)
+    index = sketch(given, 0, 512)
+    stored, scanned = SKETCH.bytes_per_token(64, 64, 2, {})
+    assert index.scanned_bytes() == HEADS * 512 * scanned
+    assert index.nbytes() == HEADS * (512 * stored + SKETCH.fixed_bytes(64, 64, {}))
