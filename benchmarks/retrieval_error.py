@@ -227,7 +227,8 @@ def main() -> None:
         write(source, views, held)
         every_claim += held
     if all(_file(source).exists() for source in SOURCES):
-        PICTURE.write_text(picture({source.title: read(source) for source in SOURCES}, LOOKS, 20, 0.005, 0.7), encoding="utf-8")
+        panels = {source.title: read(source) for source in SOURCES}
+        PICTURE.write_text(picture(panels, LOOKS, widest=20, low=0.005, high=1.0), encoding="utf-8")
     if not all(holds for _, holds in every_claim):
         raise SystemExit(1)
 

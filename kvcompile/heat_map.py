@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-LOWEST, HIGHEST = 1e-3, 1.0  # of the scale; what lies beyond has the colour of its end
+LOWEST, HIGHEST = 1e-2, 1.0  # of the scale; what lies beyond has the colour of its end
 _FAINT, _STRONG = 0.06, 0.85
 _COLOUR = "#d1481f"
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _RIGHT = 30, 22, 66, 44, 78, 16

@@ -15,8 +15,10 @@ when their site's turn comes, and dropped with it.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -171,8 +173,8 @@ def check_text(policies: Iterable[HeadPolicy], tokens: int, where: str) -> None:
     for policy in policies:
         if not isinstance(policy.found, TopK) or _enough(policy, tokens):
             continue
-        needed = next((count for count in range(tokens, LONGEST_TEXT) if _enough(policy, count)), None)
-        if needed is None:
+        needed = bisect_left(range(LONGEST_TEXT), True, key=partial(_enough, policy))
+        if needed == LONGEST_TEXT:
             what = f"k of policy {policy.name} asks for every key, so that there is nothing to look up."
             raise KvcompileError.at(where, what, "Write a smaller k.")
         what = f"{tokens} tokens are too few to look anything up: policy {policy.name} needs {needed} ({MIN_INDEXED_TOKENS} keys or more "

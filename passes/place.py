@@ -83,6 +83,5 @@ class Place:
 
 def _policy_name(unit: Unit, policy: HeadPolicy) -> str:
     """As the spec calls it: a layer with a window of its own has another name for it."""
-    return policy.name if policy.name in unit.spec.policies else next(
-        (name for name, other in unit.spec.policies.items() if other.store == policy.store), policy.name
-    )
+    named = [name for name, other in unit.spec.policies.items() if name == policy.name or other.store == policy.store]
+    return policy.name if policy.name in named else named[0]

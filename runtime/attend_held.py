@@ -24,9 +24,7 @@ class Held(Protocol):
     def spans_between(self, first: int, end: int) -> tuple[Span, ...]: ...
 
 
-def attend_held(
-    query_HGSD: Tensor, store: Held, visible: Sequence[tuple[int, int]], first_query: int, **options: Any
-) -> AttentionState:
+def attend_held(query_HGSD: Tensor, store: Held, visible: Sequence[tuple[int, int]], first_query: int, **options: Any) -> AttentionState:
     """`attend_spans` with its options over what the store holds at the positions `visible`: ranges (first, end), in order.
 
     Copies are made of BLOCK_TOKENS tokens at a time, and their attentions merged: the borders are positions, so no result depends on

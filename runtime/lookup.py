@@ -63,7 +63,7 @@ class LookupStore:
         self.turn = turn
         self.index: KeyIndex | None = None
         self.sample = QuerySample(rows.kv_heads, rows.head_dim)
-        self._made_at = 0
+        self._made_at = self._made_end = 0
         self._words: tuple[SketchIndex, object, object, Tensor] | None = None  # of which index, basis and parts
 
     @property
@@ -92,10 +92,8 @@ class LookupStore:
 
     def refresh(self) -> KeyIndex | None:
         """The index for the last token's query, made or extended if it is its time; None where everything is attended to."""
-        first = self.window.sink_tokens
-        tokens = self.tokens
-        end = first + (tokens - self.window.recent_tokens - self.rollback_tokens - first) // BLOCK_TOKENS * BLOCK_TOKENS
-        index = self.index
+        first, tokens, index = self.window.sink_tokens, self.tokens, self.index
+        end = self._covered(tokens)
         if index is None:
             if end - first < MIN_INDEXED_TOKENS:
                 return None
@@ -128,7 +126,7 @@ class LookupStore:
         keys, values = _joined(self.rows.spans_between(first, end))
         sample = self.sample
         prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), self.queries_per_kv, self.soft_cap)
-        self._made_at = self.tokens
+        self._made_at, self._made_end = self.tokens, end
         return index_kind(self.zone.index).build(first, prompt, dict(self.zone.options))
 
     def can_rollback(self, tokens: int) -> Problem | None:
@@ -141,12 +139,18 @@ class LookupStore:
         if problem is not None:
             raise SessionError(problem)
         self.rows.rollback(tokens)
-        index, first = self.index, self.window.sink_tokens
+        index = self.index
         if index is None:
             return
-        end = first + max(0, self.tokens + 1 - self.window.recent_tokens - first) // BLOCK_TOKENS * BLOCK_TOKENS
-        if index.end > end and not (end > first and index.rollback(end)):
+        last_turn = self.tokens - (self.tokens + self.turn) % BLOCK_TOKENS
+        index.rollback(max(self._made_end, self._covered(last_turn)))  # what it covered when the session was so long
+        if index.end > self.tokens + 1 - self.window.recent_tokens:
             self.index = None
+
+    def _covered(self, tokens: int) -> int:
+        """The end of what leaves the window when so many tokens are read."""
+        first = self.window.sink_tokens
+        return first + (tokens - self.window.recent_tokens - self.rollback_tokens - first) // BLOCK_TOKENS * BLOCK_TOKENS
 
     def fork(self) -> LookupStore:
         """A store with the same tokens and the same index; what neither changes is shared."""
@@ -155,7 +159,7 @@ class LookupStore:
         )
         child.index = None if self.index is None else self.index.fork()
         child.sample = self.sample.copy()
-        child._made_at = self._made_at
+        child._made_at, child._made_end = self._made_at, self._made_end
         return child
 
     def nbytes(self) -> int:

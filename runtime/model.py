@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -345,6 +345,9 @@ def _as_index(kv_heads: tuple[int, ...]) -> slice | list[int]:
     return slice(first, last + 1) if kv_heads == tuple(range(first, last + 1)) else list(kv_heads)
 
 
+_Shape: TypeAlias = tuple[int, int, int, torch.dtype]  # KV heads, head_dim, value_dim, and what numbers are kept in
+
+
 def make_store(site: SitePlan, group: HeadGroup, native: bool) -> KVStore:
     """The empty store of a group of KV heads, as the plan placed it; native: as the C++ kernels read it."""
     facts, policy = site.site, group.policy
@@ -367,13 +370,13 @@ def make_store(site: SitePlan, group: HeadGroup, native: bool) -> KVStore:
             )
 
 
-def _rows(shape: tuple[int, int, int, torch.dtype], policy: HeadPolicy, capacity_tokens: int, layout: KeyLayout) -> GrowableStore | KiviStore:
+def _rows(shape: _Shape, policy: HeadPolicy, capacity_tokens: int, layout: KeyLayout) -> GrowableStore | KiviStore:
     if isinstance(policy.store.quantised, Kivi):
         return KiviStore(*shape, policy.store.quantised, capacity_tokens, layout)
     return GrowableStore(*shape, capacity_tokens, layout)
 
 
-def _ring(shape: tuple[int, int, int, torch.dtype], policy: HeadPolicy, window: SinkRecent, layout: KeyLayout) -> RingStore | KiviStore:
+def _ring(shape: _Shape, policy: HeadPolicy, window: SinkRecent, layout: KeyLayout) -> RingStore | KiviStore:
     kivi = quantised_in(policy.store, window, policy.rollback_tokens)
     if isinstance(kivi, Kivi):
         return KiviStore(

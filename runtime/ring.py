@@ -28,7 +28,8 @@ class RingStore:
 
     sink_tokens: the first ones, kept for ever (0 is allowed).  recent_tokens: the window, the query's own token
     included.  rollback_tokens: how many slots more there are, so that a rollback finds what it needs.
-    dtype: what keys and values are kept in, or of int8 their scales.  layout: how keys lie in memory.  Raises CapacityError when the system refuses address space.
+    dtype: what keys and values are kept in, or of int8 their scales.  layout: how keys lie in memory.
+    Raises CapacityError when the system refuses address space.
     """
 
     def __init__(

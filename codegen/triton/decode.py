@@ -92,6 +92,8 @@ def _check(request: KernelRequest) -> None:
         )
     if request.alibi:
         raise TargetError.at(where, "the Triton kernel knows no ALiBi slopes.", "Write `device: cpu` under `target`.")
+    if request.store_quantised:
+        raise TargetError.at(where, "the Triton kernel knows no stores of fewer bits.", "Write `device: cpu` under `target`.")
     if max(request.head_dim, request.value_dim) > LARGEST_HEAD_DIM:
         raise TargetError.at(
             where,

@@ -158,6 +158,4 @@ def _kivi(kivi: Kivi, tokens: int, held: int | None, visible: int | None) -> _Ke
     else:
         groups = max(0, coded_keys // kivi.group - max(0, tokens - visible) // kivi.group)
     exact_values = min(tokens, residual, visible)
-    return _Kept(
-        min(tokens - coded_keys, visible), groups, exact_values, min(max(0, tokens - residual), max(0, visible - residual))
-    )
+    return _Kept(min(tokens - coded_keys, visible), groups, exact_values, min(max(0, tokens - residual), max(0, visible - residual)))

@@ -53,9 +53,8 @@ class FlatIndex:
     def recalibrate(self, recent_HCD: Tensor, keys: Keys) -> bool:
         return True
 
-    def rollback(self, end: int) -> bool:
-        self._end = end
-        return True
+    def rollback(self, end: int) -> None:
+        self._end = min(self._end, end)
 
     def fork(self) -> FlatIndex:
         return FlatIndex(self._first, self._end, self._soft_cap, self._key_bytes)

@@ -81,9 +81,8 @@ class KeyIndex(Protocol):
         should be made anew."""
         ...
 
-    def rollback(self, end: int) -> bool:
-        """Forgets positions from `end` (a multiple of BLOCK_TOKENS behind `first`) on.  False, changing nothing, where it cannot:
-        it is then made anew."""
+    def rollback(self, end: int) -> None:
+        """Forgets positions from `end` (a multiple of BLOCK_TOKENS behind `first`) on, or as many of them as it can."""
         ...
 
     def fork(self) -> KeyIndex:

@@ -171,12 +171,12 @@ class SketchIndex:
         true_HC, guess_HC = (each.scatter(2, read_HCK, -torch.inf).logsumexp(2) for each in (true_HCT, guess_HCT))
         return replace(self.basis, bias_H=(true_HC - guess_HC).mean(1), error_H=error_H)
 
-    def rollback(self, end: int) -> bool:
-        base, kept = self.parts[0], end - self._first
-        if kept < base.tokens:
-            return False
-        self.parts = (base,) if kept == base.tokens else (base, self.parts[1].cut(kept - base.tokens))
-        return True
+    def rollback(self, end: int) -> None:
+        """As KeyIndex; the keys that were there when it was made stay, whose order forgets which came last."""
+        base, *added = self.parts
+        kept = end - self._first - base.tokens
+        if added and kept < added[0].tokens:
+            self.parts = (base, added[0].cut(kept)) if kept > 0 else (base,)
 
     def fork(self) -> SketchIndex:
         return SketchIndex(self._first, self.basis, self.soft_cap, self._notes, self.parts)

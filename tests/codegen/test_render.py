@@ -48,7 +48,14 @@ OPTIONS = replace(
 )
 LINEARS = LinearRequest("linears", "cpu", "bfloat16", 4)
 LOOKUP = LookupRequest("lookup", "cpu", 64, 64, 3, "float32", "bfloat16", 0.125, None)
-SHOWN: dict[str, Request] = {"attend_spans_all": ALL, "attend_spans_all_options": OPTIONS, "linears": LINEARS, "lookup": LOOKUP}
+KIVI = replace(ALL, store_quantised="kivi 2 32")
+SHOWN: dict[str, Request] = {
+    "attend_spans_all": ALL,
+    "attend_spans_all_options": OPTIONS,
+    "attend_spans_kivi": KIVI,
+    "linears": LINEARS,
+    "lookup": LOOKUP,
+}
 OTHER: dict[str, Any] = {
     "head_dim": 128,
     "value_dim": 128,
@@ -63,6 +70,7 @@ OTHER: dict[str, Any] = {
     "chunk_tokens": 512,
     "alibi": True,
     "cache_index": True,
+    "store_quantised": "kivi 4 32",
     "max_tokens": 2,
 }
 
@@ -114,6 +122,13 @@ def test_the_policy_is_told_in_words() -> None:
         "// Logits capped at 30. ALiBi slopes join the logits. Sinks are shown another query. One learnt sink a query head, "
         "which the launcher adds.\n"
     )
+
+
+def test_how_numbers_are_kept_is_told_and_changes_the_kernel() -> None:
+    texts = [body(replace(ALL, store_quantised=store)) for store in ("", "int8", "kivi 2 32", "kivi 4 32", "kivi 4 64")]
+    assert len(set(texts)) == 5
+    assert "// Keys and values are kept as int8.\n" in texts[1]
+    assert "// Keys and values are kept as KIVI of 2 bits, groups of 32.\n" in texts[2]
 
 
 @pytest.mark.parametrize("file", sorted({*HEADERS, *LAUNCHER_HEADERS, *LAUNCHER}))

@@ -63,6 +63,7 @@ def test_sources_are_the_distinct_attentions_of_cuda_devices() -> None:
         ({"compute_dtype": "float64"}, "not queries of float32 and stores of float32 in float64"),
         ({"store_dtype": "int8"}, "takes bfloat16, float16, float32 and computes in float32, not queries of int8 and stores of int8"),
         ({"alibi": True}, "knows no ALiBi slopes"),
+        ({"store_quantised": "int8"}, "knows no stores of fewer bits"),
         ({"head_dim": 320}, "goes up to a head_dim of 256, not 320"),
         ({"value_dim": 257}, "goes up to a head_dim of 256, not 257"),
         ({"queries_per_kv": 65}, "goes up to 64 queries per KV head, not 65"),

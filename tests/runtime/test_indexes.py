@@ -218,15 +218,22 @@ def test_added_keys_are_found_and_taken_back(name):
     centred_HTD = given.key_HTD - given.key_HTD[:, 64:576].mean(1, keepdim=True)
     query_HGD = 40 * centred_HTD[:, 800:801] / centred_HTD[:, 800:801].square().sum(2, keepdim=True)  # looks for one of the new keys
     assert (index.search(query_HGD.expand(-1, GROUP, -1), 40, "union", given.keys).position_HGK == 800).any(2).all()
-    assert index.rollback(576)
+    index.rollback(576)
+    assert index.end == 576
     for each in (index, child):
         after = each.search(given.query_HND[:, :GROUP], 30, "union", given.keys)
         assert torch.equal(after.position_HGK, before.position_HGK)
 
 
-def test_a_sketch_says_when_it_cannot_be_cut():
-    index = sketch(past(), 0, 512)
-    assert not index.rollback(480)
+def test_a_sketch_keeps_what_it_was_made_from():
+    given = past()
+    index = sketch(given, 0, 512)
+    index.rollback(480)
+    assert index.end == 512
+    index.add(given.key_HTD[:, 512:640], given.value_HTE[:, 512:640])
+    index.rollback(576)
+    assert index.end == 576
+    index.rollback(480)
     assert index.end == 512
 
 
