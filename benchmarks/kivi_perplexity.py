@@ -78,7 +78,8 @@ def main() -> None:
         found[name]["of the full cache"] = found[name]["stored bytes"] / found[name]["bytes of the full cache"]
         print(
             f"{name:9} perplexity {found[name]['perplexity']:.4f} ({found[name]['more than bfloat16']:+.2%})   "
-            f"{found[name]['stored bytes']} bytes, formula {found[name]['formula']}, {found[name]['of the full cache']:.1%} of the full cache"
+            f"{found[name]['stored bytes']} bytes, formula {found[name]['formula']}, "
+            f"{found[name]['of the full cache']:.1%} of the full cache"
         )
     accepted = {
         "stored bytes equal the formula": all(each["stored bytes"] == each["formula"] for each in found.values()),

@@ -51,7 +51,7 @@ TRIALS = {"smollm2": Trial(SMOLLM2, 2048, 20, _zones(16, 48, 8)), "gemma": Trial
 def haystack() -> tuple[list[str], list[str]]:
     """Sentences of the text, and words for needles."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    words = sorted({word for word in re.findall(r"\b[a-z]{5,8}\b", text)})
+    words = sorted(set(re.findall(r"\b[a-z]{5,8}\b", text)))
     return [sentence.strip() for sentence in re.split(r"(?<=[.:])\s+", text) if len(sentence.strip()) > 20], words
 
 

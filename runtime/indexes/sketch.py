@@ -397,7 +397,8 @@ def _fine_units(sample_TC: Tensor, steps: Mapping[int, tuple[Tensor, Tensor]], u
 def _root_mean_square(x_HTX: Tensor) -> Tensor:
     """The root of the mean squared length of T vectors, [H]."""
     mean_H: Tensor = x_HTX.square().sum(2).mean(1)
-    return mean_H.sqrt().clamp_min(1e-12)
+    root_H: Tensor = mean_H.sqrt()
+    return root_H.clamp_min(1e-12)
 
 
 class Sketch(SketchFacts):

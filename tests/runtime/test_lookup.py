@@ -263,7 +263,7 @@ def static_step(held: StaticStore, query_HGSD: Tensor, key_HSD: Tensor, value_HS
 
 def test_static_keys_are_those_that_the_last_queries_attend_to():
     given = tokens(400)
-    query_HGSD, key_HSD, value_HSD = given
+    query_HGSD, key_HSD, _ = given
     held = static()
     read_prompt(held, *at(given, 0, 300))
     recent_HCD = query_HGSD[:, :, 0:300:16].flatten(1, 2).double() * SCALE
