@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvcompile.ir.indexes import RECENT_POSITIONS, RECENT_STRIDE
 
-MOMENT_STRIDE = 4  # every so many positions join the second moment
+MOMENT_STRIDE = 4  # every so many positions join the second moment ...
+MOMENT_FROM = 64  # ... from here on: the first few queries of a text are unlike all later ones (10 % of the sketch's error: docs/sketch.md)
 
 
 class QuerySample:
@@ -31,9 +32,9 @@ class QuerySample:
         new = query_HGSD.shape[2]
         if -first % MOMENT_STRIDE >= new:  # RECENT_STRIDE is a multiple: most of the tokens that are generated
             return
-        sampled_HGSD = query_HGSD[:, :, -first % MOMENT_STRIDE :: MOMENT_STRIDE]
-        if sampled_HGSD.shape[2]:
-            sampled_HND = sampled_HGSD.flatten(1, 2).float() * scale
+        start = -first % MOMENT_STRIDE if first >= MOMENT_FROM else MOMENT_FROM - first
+        if start < new:
+            sampled_HND = query_HGSD[:, :, start::MOMENT_STRIDE].flatten(1, 2).float() * scale
             self.gram_HDD = self.gram_HDD + sampled_HND.transpose(1, 2) @ sampled_HND
             self.queries += sampled_HND.shape[1]
         last = (first + new - 1) // RECENT_STRIDE * RECENT_STRIDE - first

@@ -41,6 +41,7 @@ from kvcompile.runtime.merge import AttentionState
 
 LANES = 16
 FINE_COORDINATES, COARSE_COORDINATES = 8, 16  # of a unit: at 4 bits, at 2
+WEIGHT_RANGE = (0.01, 100.0)  # of a key's errors against another's
 VALUE_WEIGHT = 0.6  # of values against coordinates when keys are ordered; both have unit mean square
 _EVEN_STEP = {4: 0.3352, 2: 0.9957}  # best for a normal distribution of unit variance (Max 1960, table II)
 _STEP_FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 2.0)
@@ -161,7 +162,7 @@ class SketchIndex:
         left_out = math.ceil(_LEFT_OUT * tokens)
         if recent_HCD.shape[1] == 0 or left_out >= tokens:
             return self.basis
-        recent_HCD = recent_HCD[:, :: -(-recent_HCD.shape[1] // _CALIBRATION_QUERIES)]
+        recent_HCD = _thinned(recent_HCD)
         guess_HCT = self.scores(recent_HCD)
         true_HCT = recent_HCD @ key_HTD.transpose(1, 2)
         if self.soft_cap is not None:
@@ -260,12 +261,14 @@ def fit_basis(key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, units: int) ->
     query_HDC = torch.linalg.solve_triangular(root_HDD.transpose(1, 2), directions_HDC, upper=True).float()
     stride = -(-key_HTD.shape[1] // _STEP_SAMPLE)
     sample_HTC = centred_HTD[:, ::stride] @ key_HDC
-    steps = {bits: _steps(sample_HTC, bits) for bits in (4, 2)}
+    weight_HT = _key_weights(centred_HTD, prompt)[:, ::stride]
+    steps = {bits: _steps(sample_HTC, weight_HT, bits) for bits in (4, 2)}
     to_key = key_HTD.new_zeros(heads, head_dim, slots)
     to_query, step_HC = torch.zeros_like(to_key), key_HTD.new_ones(heads, slots)
     fine = []
     for head in range(heads):
-        fine.append(_fine_units(sample_HTC[head], {bits: (each[0][head], each[1][head]) for bits, each in steps.items()}, units))
+        errors = {bits: error_HC[head] for bits, (_, error_HC) in steps.items()}
+        fine.append(_fine_units((sample_HTC[head].square() * weight_HT[head, :, None]).mean(0), errors, units))
         for bits, source, place in _slots(fine[-1], units, key_HDC.shape[2]):
             to_key[head, :, place] = key_HDC[head, :, source]
             step_HC[head, place] = steps[bits][0][head, source]
@@ -366,11 +369,26 @@ def _query_moment(centred_HTD: Tensor, prompt: Prompt) -> tuple[Tensor, tuple[st
     return moment_HDD / size_H11 + _RIDGE * torch.eye(head_dim, dtype=torch.float64), notes
 
 
-def _steps(sample_HTC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The step of each coordinate with the least mean squared error, and that error, [H, C]."""
+def _key_weights(centred_HTD: Tensor, prompt: Prompt) -> Tensor:
+    """How much an error of each key's coordinates matters, [H, T]: the square root of its softmax weight, averaged over the prompt's last
+    queries, as a multiple of the even one; from WEIGHT_RANGE.  The root: what later queries attend to is not quite the same."""
+    recent_HCD = _thinned(prompt.recent_HCD)
+    if recent_HCD.shape[1] == 0:
+        return torch.ones(centred_HTD.shape[:2])
+    mass_HT = torch.softmax(recent_HCD @ centred_HTD.transpose(1, 2), 2).mean(1) * centred_HTD.shape[1]
+    return mass_HT.sqrt().clamp(*WEIGHT_RANGE)
+
+
+def _thinned(recent_HCD: Tensor) -> Tensor:
+    """At most _CALIBRATION_QUERIES of the queries, evenly spaced."""
+    return recent_HCD[:, :: max(1, -(-recent_HCD.shape[1] // _CALIBRATION_QUERIES))]
+
+
+def _steps(sample_HTC: Tensor, weight_HT: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The step of each coordinate with the least weighted mean squared error, and that error, [H, C]."""
     even_HC = sample_HTC.square().mean(1).sqrt().clamp_min(1e-12) * _EVEN_STEP[bits]
     steps_FHC = torch.stack([even_HC * factor for factor in _STEP_FACTORS])
-    errors_FHC = torch.stack([(_rounded(sample_HTC, step_HC, bits) - sample_HTC).square().mean(1) for step_HC in steps_FHC])
+    errors_FHC = torch.stack([((_rounded(sample_HTC, step_HC, bits) - sample_HTC).square() * weight_HT[..., None]).mean(1) for step_HC in steps_FHC])
     best_1HC = errors_FHC.argmin(0, keepdim=True)
     return steps_FHC.gather(0, best_1HC)[0], errors_FHC.gather(0, best_1HC)[0]
 
@@ -378,20 +396,21 @@ def _steps(sample_HTC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _rounded(sample_HTC: Tensor, step_HC: Tensor, bits: int) -> Tensor:
     middle = (2**bits - 1) / 2
     step_H1C = step_HC[:, None]
-    levels_HTC: Tensor = (sample_HTC / step_H1C + middle).round().clamp(0, 2 * middle)
-    return (levels_HTC - middle) * step_H1C
+    levels_HTC = (sample_HTC / step_H1C + middle).round().clamp(0, 2 * middle)
+    rounded_HTC: Tensor = (levels_HTC - middle) * step_H1C
+    return rounded_HTC
 
 
-def _fine_units(sample_TC: Tensor, steps: Mapping[int, tuple[Tensor, Tensor]], units: int) -> int:
-    """How many units of 4 bits leave the least squared error; the first of equals."""
-    power_C = sample_TC.square().mean(0)
-    errors = []
+def _fine_units(power_C: Tensor, errors: Mapping[int, Tensor], units: int) -> int:
+    """How many units of 4 bits leave the least squared error; the first of equals.  power_C: of a coordinate that is left out; errors: of
+    one that is kept, by its bits."""
+    left = []
     for fine in range(units + 1):
         error_C = power_C.clone()
         for bits, source, _ in _slots(fine, units, len(power_C)):
-            error_C[source] = steps[bits][1][source]
-        errors.append(float(error_C.sum()))
-    return errors.index(min(errors))
+            error_C[source] = errors[bits][source]
+        left.append(float(error_C.sum()))
+    return left.index(min(left))
 
 
 def _root_mean_square(x_HTX: Tensor) -> Tensor:

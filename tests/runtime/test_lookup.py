@@ -234,9 +234,9 @@ def test_what_is_sampled_does_not_depend_on_chunks(chunk):
     for first in range(0, 700, chunk):
         parts.add(query_HGSD[:, :, first : first + chunk], first, SCALE)
     assert torch.equal(whole.recent(), parts.recent())
-    assert whole.queries == parts.queries == 175 * GROUP
+    assert whole.queries == parts.queries == 159 * GROUP
     torch.testing.assert_close(whole.gram_HDD, parts.gram_HDD, rtol=1e-4, atol=1e-4)
-    expected_HGSD = query_HGSD[:, :, ::4] * SCALE
+    expected_HGSD = query_HGSD[:, :, 64::4] * SCALE  # the first ones are unlike all others
     torch.testing.assert_close(whole.gram_HDD, torch.einsum("hgsd,hgse->hde", expected_HGSD, expected_HGSD), rtol=1e-4, atol=1e-4)
 
 
