@@ -6,7 +6,8 @@ Contexts of Python's documentation hold lines "The secret code for WORD is DIGIT
 distances; all other lines are distractors.  Behind the context stands the beginning of one line, word by word as it was, and the digits
 are scored as the model goes on: exact (every digit is the most likely token) and their cross-entropy (nats a digit, the right digits
 fed).  The context is read as a prompt; the question and the digits are read as generated tokens, one at a time, so that heads of the
-policy look up.  Every policy is asked the same questions.
+policy look up.  Every policy is asked the same questions.  What is read counts at the layers that look keys up (Gemma: its 3 global
+ones), for the last token of each question: window, codes, means and chosen rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from harness import SMOLLM2, write
 from real_keys import gemma_path
 
 import kvcompile
+from kvcompile.runtime.lookup import LookupStore
 from kvcompile.runtime.model import CompiledModel
+from kvcompile.runtime.session import Session
 
 DIGITS = 5
 SEED = 3
@@ -32,20 +35,23 @@ SEED = 3
 
 @dataclass(frozen=True)
 class Trial:
-    """context tokens, needles of each context, and the policy's zones."""
+    """context tokens, needles of each context, and zones by the name of a policy."""
 
     model: str
     tokens: int
     needles_per_context: int
-    zones: tuple[dict[str, Any], ...]
+    zones: dict[str, tuple[dict[str, Any], ...]]
 
 
-def _zones(sinks: int, recent: int, k: int) -> tuple[dict[str, Any], ...]:
-    top_k = {"k": k, "index": "sketch", "tail": True}
-    return {"sink_recent": {"sink_tokens": sinks, "recent_tokens": recent}}, {"top_k": top_k}
+def _zones(recent: int, k: int, bytes_per_key: int, tail: bool) -> tuple[dict[str, Any], ...]:
+    top_k = {"k": k, "index": {"sketch": {"bytes_per_key": bytes_per_key}}, "select": "sum", "tail": tail}
+    return {"sink_recent": {"sink_tokens": 4, "recent_tokens": recent}}, {"top_k": top_k}
 
 
-TRIALS = {"smollm2": Trial(SMOLLM2, 2048, 20, _zones(16, 48, 8)), "gemma": Trial("", 8192, 60, _zones(64, 256, 20))}
+TRIALS = {
+    "smollm2": Trial(SMOLLM2, 2048, 20, {"lookup": _zones(12, 75, 12, False), "lookup with a tail": _zones(12, 59, 12, True)}),
+    "gemma": Trial("", 8192, 60, {"lookup": _zones(60, 400, 32, False), "lookup with a tail": _zones(60, 330, 32, True)}),
+}
 
 
 def haystack() -> tuple[list[str], list[str]]:
@@ -81,9 +87,24 @@ def ids_of(tokenizer: Any, text: str, special: bool = False) -> list[int]:
     return front if special else whole[len(front) :]
 
 
-def ask(model: CompiledModel, trial: Trial, contexts: int) -> list[tuple[bool, float]]:
-    """(every digit right, mean cross-entropy of a digit in nats) of each needle."""
-    found = []
+def read_share(model: CompiledModel, session: Session) -> float:
+    """Bytes that the session's last token read at the sites that look keys up, of what full attention reads there."""
+    read = full = 0.0
+    for place, site in enumerate(model.plan.sites):
+        facts = site.site
+        for store in session.stores(place):
+            if isinstance(store, LookupStore):
+                assert store.index is not None and store.zone.select == "sum"  # so that k rows are read, no more
+                row = store.rows.kv_heads * (facts.head_dim + facts.value_dim) * 2
+                exact = store.tokens - (store.index.end - store.index.first) + store.zone.tokens(store.tokens)
+                read += exact * row + store.index.scanned_bytes(store.zone.tail)
+                full += store.tokens * row
+    return read / full if full else 1.0
+
+
+def ask(model: CompiledModel, trial: Trial, contexts: int) -> tuple[list[tuple[bool, float]], float]:
+    """(every digit right, mean cross-entropy of a digit in nats) of each needle, and the mean share of the cache that was read."""
+    found, shares = [], []
     for number in range(contexts):
         ids, needles = context_of(trial, model.tokenizer, number)
         session = model.session()
@@ -101,12 +122,13 @@ def ask(model: CompiledModel, trial: Trial, contexts: int) -> list[tuple[bool, f
             answered = model.step([questions[number][0] for number in here], [questions[number][1][place] for number in here])
             for number, row in zip(here, answered, strict=True):
                 logits[number].append(row)
+        shares += [read_share(model, session) for session, _, _ in questions]
         for (_, whole, question), rows in zip(questions, logits, strict=True):
             wanted = torch.tensor(whole[question:])
             scored = torch.stack(rows[question - 1 :])
             loss = torch.nn.functional.cross_entropy(scored, wanted)
             found.append((bool((scored.argmax(1) == wanted).all()), float(loss)))
-    return found
+    return found, sum(shares) / len(shares)
 
 
 def main() -> None:
@@ -121,25 +143,22 @@ def main() -> None:
         contexts = math.ceil(options.needles / trial.needles_per_context)
         rows: dict[str, Any] = {}
         base: dict[str, Any] = {"kvcompile": 1, "model": {"path": path, "dtype": "bfloat16"}, "verify": {"tokens": 16}}
-        for policy in ("full", "lookup"):
-            chosen = {} if policy == "full" else {"policies": {"mine": {"zones": list(trial.zones)}}, "heads": [{"policy": "mine"}]}
+        for policy in ("full", *trial.zones):
+            chosen = {} if policy == "full" else {"policies": {"mine": {"zones": list(trial.zones[policy])}}, "heads": [{"policy": "mine"}]}
             model = kvcompile.compile(spec=base | chosen)
-            looked_up = [site for site in model.plan.sites if any(group.policy.found for group in site.groups)]
-            asked = looked_up or [site for site in model.plan.sites if site.site.own_window is None]
-            read = sum(site.read_bytes(trial.tokens) for site in asked) / sum(site.full_bytes(trial.tokens) for site in asked)
-            found = ask(model, trial, contexts)
+            found, read = ask(model, trial, contexts)
             rows[policy] = {
                 "needles": len(found),
                 "accuracy": sum(right for right, _ in found) / len(found),
                 "digit cross-entropy": sum(loss for _, loss in found) / len(found),
-                "read of the cache, at most": read,
+                "read of the cache": read,
             }
             print(
-                f"{name} {trial.tokens} tokens  {policy:7s} {len(found)} needles  accuracy {rows[policy]['accuracy']:.3f}  "
-                f"digit cross-entropy {rows[policy]['digit cross-entropy']:.3f}  reads at most {100 * read:.1f}% of the cache",
+                f"{name} {trial.tokens} tokens  {policy:18s} {len(found)} needles  accuracy {rows[policy]['accuracy']:.3f}  "
+                f"digit cross-entropy {rows[policy]['digit cross-entropy']:.3f}  reads {100 * read:.1f}% of the cache",
                 flush=True,
             )
-        results[name] = {"tokens": trial.tokens, "zones": list(trial.zones), **rows}
+        results[name] = {"tokens": trial.tokens, "zones": trial.zones, **rows}
     write("needles", torch.get_num_threads(), results)
 
 

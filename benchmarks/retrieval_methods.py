@@ -65,16 +65,15 @@ def exact_top_k(past: Past, select: Select = "per_query_head") -> Search:
 
 def sketch(past: Past, index: SketchIndex, select: Select = "per_query_head", tail: bool = True) -> Search:
     """Ours.  Without its tail neither mean values nor their scales are read."""
-    mean_bytes = sum(part.mean_HBE.nbytes + part.mean_scale_HB.nbytes for part in index.parts)
 
     def search(query_GQD: Tensor, k: int) -> Answer:
         query_1RD = query_GQD.transpose(0, 1).flatten(0, 1)[None]
         score_QGT = index.scores(query_1RD).unflatten(1, (-1, len(query_GQD)))[0]
         chosen_QGK = select_keys(score_QGT, k, select)
         read_GQT = _mask(chosen_QGK, score_QGT.shape[2])
-        scanned = index.scanned_bytes() + POSITION_BYTES * rows_read(read_GQT)
+        scanned = index.scanned_bytes(tail) + POSITION_BYTES * rows_read(read_GQT)
         if not tail:
-            return Answer(read_GQT, scanned - mean_bytes)
+            return Answer(read_GQT, scanned)
         position_QGK = torch.where(chosen_QGK >= 0, chosen_QGK + past.first, -1)
         out_1RE, lse_1R = index.rest(query_1RD, Found(position_QGK.flatten(0, 1)[None], score_QGT.flatten(0, 1)[None]))
         shape_QG = score_QGT.shape[:2]

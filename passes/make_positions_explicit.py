@@ -81,9 +81,7 @@ class MakePositionsExplicit:
             assert not any(token_dimensions(fake_value(n)) for n in unit.graph.graph.find_nodes(op="call_function", target=target))
 
 
-def _replace_count(
-    graph: torch.fx.Graph, node: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node
-) -> tuple[str, ...]:
+def _replace_count(graph: torch.fx.Graph, node: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node) -> tuple[str, ...]:
     """Rule 1 for one node; returns warnings.  A running sum of something else is left to `check_token_wise`."""
     if position_ids in ancestors([node], ()) or fake_value(node).dim() > 2:
         return ()
@@ -143,7 +141,6 @@ def _affine(node: torch.fx.Node, input_ids: torch.fx.Node) -> tuple[tuple[int, i
     if step != 1 or len(special) != 1 or readers != {_aten.ne.Scalar} or not _skips(node, input_ids, ordinary, padding, start):
         return None, frozenset()  # it counts something else than tokens
     return (step, start), special
-
 
 
 def _skips(node: torch.fx.Node, input_ids: torch.fx.Node, ordinary: list[int], padding: int, start: int) -> bool:

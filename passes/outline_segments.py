@@ -75,9 +75,7 @@ class _Piece:
         for number, node in enumerate(self.inputs):
             local[node] = graph.placeholder(f"{'weight' if node.op == 'get_attr' else 'value'}_{number}")
             local[node].meta = {key: node.meta[key] for key in ("val",) if key in node.meta}
-        tokens = next(
-            (node, dims[0]) for node in self.inputs if (dims := token_dimensions(fake_value(node)))
-        )
+        tokens = next((node, dims[0]) for node in self.inputs if (dims := token_dimensions(fake_value(node))))
 
         def take(node: torch.fx.Node) -> torch.fx.Node:
             if node not in local:

@@ -1,13 +1,13 @@
 """Where a store's positions lie in memory, as the words that the kernels' launcher reads (codegen/cpp/stores.h).
 
-    growing   0, parts, and of each part: key, value, bytes from one head's keys to the next one's, the same of values, first
-              position, end of its positions
-    ring      1, key, value, the two strides in bytes, sink tokens, slots of the window
-    kivi      2, sink tokens, key, value and the strides of sinks, the same four of exact tokens, quantised keys, quantised values,
-              slots of exact values, end of the positions that there is room for, tokens of a group, bytes of an exact value, of a
-              value's codes and of its scales, parts of keys, parts of values, and of each part: codes, scales, their strides, first,
-              end, slots of a ring or 0.  What is quantised is counted behind the sinks; first and end of keys are counted in groups.
-              The exact value of place p has slot p mod slots.
+growing   0, parts, and of each part: key, value, bytes from one head's keys to the next one's, the same of values, first
+          position, end of its positions
+ring      1, key, value, the two strides in bytes, sink tokens, slots of the window
+kivi      2, sink tokens, key, value and the strides of sinks, the same four of exact tokens, quantised keys, quantised values,
+          slots of exact values, end of the positions that there is room for, tokens of a group, bytes of an exact value, of a
+          value's codes and of its scales, parts of keys, parts of values, and of each part: codes, scales, their strides, first,
+          end, slots of a ring or 0.  What is quantised is counted behind the sinks; first and end of keys are counted in groups.
+          The exact value of place p has slot p mod slots.
 """
 
 from __future__ import annotations

@@ -204,10 +204,7 @@ class RingStore:
                 self._values.write(slot, value_HSE.narrow(1, at - first, count))
 
     def _views(self, first: int, end: int) -> tuple[Span, ...]:
-        return tuple(
-            Span(at, self._keys.read(slot, count), self._values.read(slot, count))
-            for slot, at, count in self._runs(first, end)
-        )
+        return tuple(Span(at, self._keys.read(slot, count), self._values.read(slot, count)) for slot, at, count in self._runs(first, end))
 
     def _runs(self, first: int, end: int) -> list[tuple[int, int, int]]:
         """Positions [first, end), at most one round of the ring, as (slot, first position, tokens) of contiguous slots."""

@@ -62,9 +62,7 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch):
     monkeypatch.setattr(link, "machine_isa", lambda: "avx2")
     with pytest.raises(TargetError) as caught:
         compiled(isa="avx512")
-    assert str(caught.value).endswith(
-        "target.isa: this processor does not run avx512.\n  Leave it out, or write one of portable, avx2."
-    )
+    assert str(caught.value).endswith("target.isa: this processor does not run avx512.\n  Leave it out, or write one of portable, avx2.")
 
 
 def test_without_a_compiler_torch_runs_and_one_line_says_so(generated, monkeypatch):

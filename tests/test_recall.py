@@ -47,7 +47,7 @@ class Misses(FlatIndex):
     def nbytes(self) -> int:
         return 4000
 
-    def scanned_bytes(self) -> int:
+    def scanned_bytes(self, tail: bool) -> int:
         return 640
 
 

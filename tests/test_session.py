@@ -401,9 +401,7 @@ def fail_at(monkeypatch, call: int) -> None:
         monkeypatch.setattr(runtime_model, name, failing(getattr(runtime_model, name)))
 
 
-@pytest.mark.parametrize(
-    ("kernels", "call"), [("generated", 0), ("generated", 1), ("torch", 0), ("torch", 1), ("torch", 2), ("torch", 3)]
-)
+@pytest.mark.parametrize(("kernels", "call"), [("generated", 0), ("generated", 1), ("torch", 0), ("torch", 1), ("torch", 2), ("torch", 3)])
 @pytest.mark.parametrize("new", [1, 6])
 def test_a_failed_call_leaves_the_session_as_it_was(monkeypatch, kernels, call, new):
     """2 layers of 2 groups; 6 new tokens and one more is what `rollback: 5` can undo."""
@@ -585,7 +583,7 @@ def test_a_step_takes_one_token(full):
 def test_unknown_logits_are_refused(full):
     with pytest.raises(SessionError) as caught:
         full.session().prefill([1], logits="first")
-    assert str(caught.value) == "logits: 'first' is not known.\n  Write \"last\" or \"all\"."
+    assert str(caught.value) == 'logits: \'first\' is not known.\n  Write "last" or "all".'
 
 
 def test_a_session_twice_in_one_call_is_refused(full):

@@ -327,7 +327,7 @@ def test_a_cache_that_nobody_attends_over_is_an_error():
     with pytest.raises(SessionError) as caught:
         model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
     assert str(caught.value) == (
-        "kvcompile.Cache: layer 0 did not attend over this cache: the model's attention implementation is not \"kvcompile_cache\".\n"
+        'kvcompile.Cache: layer 0 did not attend over this cache: the model\'s attention implementation is not "kvcompile_cache".\n'
         "  Make a Cache of the model that runs with it, or call model.set_attn_implementation('kvcompile_cache')."
     )
 

@@ -237,8 +237,7 @@ def cache(
             "limit_bytes": kept.limit_bytes(),
             "freed_bytes": freed,
             "entries": [
-                {"kind": entry.kind, "key": entry.key, "bytes": entry.bytes, "used": when}
-                for entry, when in zip(found, used, strict=True)
+                {"kind": entry.kind, "key": entry.key, "bytes": entry.bytes, "used": when} for entry, when in zip(found, used, strict=True)
             ],
         }
     )

@@ -34,7 +34,7 @@ def content_nodes(graph: torch.fx.Graph, input_ids: torch.fx.Node) -> set[torch.
 
 
 def opname(node: torch.fx.Node) -> str:
-    """"softmax" of `aten.softmax.int`, whatever the overload; the function's name for anything else."""
+    """ "softmax" of `aten.softmax.int`, whatever the overload; the function's name for anything else."""
     target: Any = node.target
     return target._opname if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 

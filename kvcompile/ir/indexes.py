@@ -27,6 +27,14 @@ class Fault(NamedTuple):
     mend: str
 
 
+class IndexBytes(NamedTuple):
+    """held: beside keys and values.  searched: read by a search.  estimated: read beside that where the rest is estimated."""
+
+    held: float
+    searched: float
+    estimated: float
+
+
 class IndexFacts(Protocol):
     """estimates: whether it can tell what is not read (`tail: true`); scores: whether it guesses every logit (`select: sum`, `max`)."""
 
@@ -38,8 +46,8 @@ class IndexFacts(Protocol):
         """What is wrong with the options of a spec."""
         ...
 
-    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> tuple[float, float]:
-        """Bytes a token and KV head that the index holds beside keys and values, and that a search reads.  itemsize: of a key's number."""
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
+        """Bytes of one token in one KV head.  itemsize: of a key's number."""
         ...
 
     def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
@@ -57,8 +65,8 @@ class FlatFacts:
     def check(self, options: Mapping[str, Any]) -> list[Fault]:
         return [Fault(name, "is no option of flat, which has none.", "Take it out.") for name in options]
 
-    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> tuple[float, float]:
-        return 0.0, float(head_dim * itemsize)
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
+        return IndexBytes(0.0, float(head_dim * itemsize), 0.0)
 
     def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
         return 0
@@ -84,9 +92,9 @@ class SketchFacts:
         """Units of UNIT_BYTES of one key."""
         return int(options["bytes_per_key"]) // UNIT_BYTES if "bytes_per_key" in options else max(1, round(head_dim / 32))
 
-    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> tuple[float, float]:
-        scanned = self.units(head_dim, options) * UNIT_BYTES + (value_dim + 4) / BLOCK_TOKENS
-        return scanned + 4, scanned
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
+        codes, means = self.units(head_dim, options) * UNIT_BYTES, (value_dim + 4) / BLOCK_TOKENS
+        return IndexBytes(codes + means + 4, codes, means)
 
     def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
         coordinates = 16 * self.units(head_dim, options)

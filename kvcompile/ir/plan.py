@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvcompile.ir.indexes import BLOCK_TOKENS, index_facts, indexed_tokens, sample_bytes
+from kvcompile.ir.indexes import BLOCK_TOKENS, IndexBytes, index_facts, indexed_tokens, sample_bytes
 from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, SinkRecent, Static, Store, TopK
 from kvcompile.ir.request import KernelRequest, LookupRequest
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
@@ -35,16 +35,6 @@ class HeadGroup:
         """Bytes of one token's keys and values in all KV heads of the group, where they are not quantised."""
         return len(self.kv_heads) * (site.head_dim + site.value_dim) * ITEMSIZE[self.policy.store.dtype or site.dtype]
 
-    def stored_tokens(self, context_tokens: int) -> int:
-        """Tokens whose keys and values are held after `context_tokens` tokens; of a policy that chooses keys, once it has chosen."""
-        policy = self.policy
-        match policy.found, policy.window:
-            case None, SinkRecent() as window:
-                return min(context_tokens, window.window_tokens + policy.rollback_tokens)
-            case Static(keys), SinkRecent() as window if context_tokens > window.window_tokens + keys:
-                return min(context_tokens, window.window_tokens + policy.rollback_tokens) + keys
-        return context_tokens
-
     def stored_bytes(self, site: AttentionSite, context_tokens: int) -> int:
         """Bytes that are held after `context_tokens` tokens: keys, values, index, and what is kept of queries."""
         found, heads = self.policy.found, len(self.kv_heads)
@@ -53,9 +43,9 @@ class HeadGroup:
         if found is not None:
             total += heads * sample_bytes(site.queries_per_kv, site.head_dim, context_tokens)
         if isinstance(found, TopK) and (indexed := self._indexed_tokens(context_tokens)):
-            stored, _ = self._index_bytes(site, found)
+            held = self._index_bytes(site, found).held
             fixed = index_facts(found.index).fixed_bytes(site.head_dim, site.value_dim, dict(found.options))
-            total += heads * (fixed + round(indexed * stored))
+            total += heads * (fixed + round(indexed * held))
         return total
 
     def read_bytes(self, site: AttentionSite, context_tokens: int) -> int:
@@ -71,7 +61,8 @@ class HeadGroup:
         if chosen >= indexed:
             return everything
         rows = min(indexed, chosen * (site.queries_per_kv if found.select in ("per_query_head", "union") else 1))
-        _, scanned = self._index_bytes(site, found)
+        index = self._index_bytes(site, found)
+        scanned = index.searched + (index.estimated if found.tail else 0)
         exact = everything - packed_bytes(*form, indexed) + rows * row_bytes(*form)
         return exact + round(len(self.kv_heads) * indexed * scanned)
 
@@ -97,7 +88,7 @@ class HeadGroup:
         assert window is not None
         return indexed_tokens(window.window_tokens + self.policy.rollback_tokens, context_tokens)
 
-    def _index_bytes(self, site: AttentionSite, zone: TopK) -> tuple[float, float]:
+    def _index_bytes(self, site: AttentionSite, zone: TopK) -> IndexBytes:
         itemsize = ITEMSIZE[self.policy.store.dtype or site.dtype]
         return index_facts(zone.index).bytes_per_token(site.head_dim, site.value_dim, itemsize, dict(zone.options))
 

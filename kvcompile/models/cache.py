@@ -80,8 +80,6 @@ def limit_bytes() -> int:
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
-
-
 @contextmanager
 def use(key: str, build: Callable[[Path], None], *, what: str, kind: str = MODELS, progress: Progress = silent) -> Iterator[Path]:
     """The folder of entry `key`, kept in place while the context lasts; `build(folder)` fills an empty folder if it is not there.
@@ -188,8 +186,6 @@ def failed(key: str) -> Path:
     return place
 
 
-
-
 def record(kind: str, key: str, value: Mapping[str, Any]) -> bool:
     """Keeps a small JSON object; False where the cache cannot be written (a record only saves time)."""
     place = _place(kind, key).with_name(f"{key}.json")
@@ -224,8 +220,6 @@ def checksum(path: Path) -> str:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     record("checksums", key, {"sha256": found})
     return found
-
-
 
 
 def _place(kind: str, key: str) -> Path:

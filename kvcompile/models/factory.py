@@ -32,9 +32,7 @@ class PythonModel(OpenedModel):
         made = self._factory()
         module, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
         if not isinstance(module, nn.Module):
-            raise self.error(
-                f"{self.location} gave {type(made).__name__}.", "Let it return a torch.nn.Module, or (module, tokenizer)."
-            )
+            raise self.error(f"{self.location} gave {type(made).__name__}.", "Let it return a torch.nn.Module, or (module, tokenizer).")
         return module, tokenizer
 
     def _factory(self) -> Any:

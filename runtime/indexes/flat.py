@@ -62,7 +62,7 @@ class FlatIndex:
     def nbytes(self) -> int:
         return 0
 
-    def scanned_bytes(self) -> int:
+    def scanned_bytes(self, tail: bool) -> int:
         return (self._end - self._first) * self._key_bytes
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

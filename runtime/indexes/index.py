@@ -93,8 +93,8 @@ class KeyIndex(Protocol):
         """Bytes that the index holds beside the keys and values themselves."""
         ...
 
-    def scanned_bytes(self) -> int:
-        """Bytes that one search and `rest` read for all KV heads, before any key is looked at."""
+    def scanned_bytes(self, tail: bool) -> int:
+        """Bytes that one search, and with `tail` one `rest`, read for all KV heads before any key is looked at."""
         ...
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

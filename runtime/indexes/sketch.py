@@ -186,8 +186,9 @@ class SketchIndex:
         basis = sum(tensor.nbytes for tensor in vars(self.basis).values())
         return int(basis) + sum(part.nbytes() for part in self.parts)
 
-    def scanned_bytes(self) -> int:
-        return sum(part.nbytes() - part.position_HT.nbytes for part in self.parts)
+    def scanned_bytes(self, tail: bool) -> int:
+        means = sum(part.mean_HBE.nbytes + part.mean_scale_HB.nbytes for part in self.parts)
+        return sum(part.codes_HNUB.nbytes for part in self.parts) + (means if tail else 0)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {name: tensor.contiguous() for name, tensor in vars(self.basis).items()}
@@ -388,7 +389,8 @@ def _steps(sample_HTC: Tensor, weight_HT: Tensor, bits: int) -> tuple[Tensor, Te
     """The step of each coordinate with the least weighted mean squared error, and that error, [H, C]."""
     even_HC = sample_HTC.square().mean(1).sqrt().clamp_min(1e-12) * _EVEN_STEP[bits]
     steps_FHC = torch.stack([even_HC * factor for factor in _STEP_FACTORS])
-    errors_FHC = torch.stack([((_rounded(sample_HTC, step_HC, bits) - sample_HTC).square() * weight_HT[..., None]).mean(1) for step_HC in steps_FHC])
+    misses = (_rounded(sample_HTC, step_HC, bits) - sample_HTC for step_HC in steps_FHC)
+    errors_FHC = torch.stack([(miss_HTC.square() * weight_HT[..., None]).mean(1) for miss_HTC in misses])
     best_1HC = errors_FHC.argmin(0, keepdim=True)
     return steps_FHC.gather(0, best_1HC)[0], errors_FHC.gather(0, best_1HC)[0]
 

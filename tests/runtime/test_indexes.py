@@ -328,6 +328,7 @@ def test_others_indexes_come_by_entry_points(monkeypatch):
 def test_bytes_are_what_the_plan_counts():
     given = past(dim=64)
     index = sketch(given, 0, 512)
-    stored, scanned = SKETCH.bytes_per_token(64, 64, 2, {})
-    assert index.scanned_bytes() == HEADS * 512 * scanned
-    assert index.nbytes() == HEADS * (512 * stored + SKETCH.fixed_bytes(64, 64, {}))
+    counted = SKETCH.bytes_per_token(64, 64, 2, {})
+    assert index.scanned_bytes(tail=False) == HEADS * 512 * counted.searched
+    assert index.scanned_bytes(tail=True) == HEADS * 512 * (counted.searched + counted.estimated)
+    assert index.nbytes() == HEADS * (512 * counted.held + SKETCH.fixed_bytes(64, 64, {}))

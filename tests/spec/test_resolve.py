@@ -183,8 +183,7 @@ def test_reading_a_spec_imports_neither_torch_nor_transformers(folder):
 
 NEAR = {"near": {"zones": [{"sink_recent": {"sink_tokens": 4, "recent_tokens": 8}}]}}
 UNUSED = (
-    '<spec>: policies.near: policy "near" is used by no rule.\n'
-    "  Name it in heads, for example heads: [{policy: near}], or take it out."
+    '<spec>: policies.near: policy "near" is used by no rule.\n  Name it in heads, for example heads: [{policy: near}], or take it out.'
 )
 
 
