@@ -68,11 +68,8 @@ def main() -> None:
     for source in SOURCES:
         if source.name in wanted:
             found = results[source.name] = measure(source)
-            share = found["indexes, seconds"] / found["prompt, seconds"]
-            print(
-                f"{source.title}: prompt {found['prompt, seconds']:.1f} s, all indexes {found['indexes, seconds']:.2f} s: {100 * share:.1f}%",
-                flush=True,
-            )
+            prompt, made = found["prompt, seconds"], found["indexes, seconds"]
+            print(f"{source.title}: prompt {prompt:.1f} s, all indexes {made:.2f} s: {100 * made / prompt:.1f}%", flush=True)
     write("index_build", torch.get_num_threads(), results)
 
 

@@ -99,7 +99,8 @@ class LookupStore:
                 return None
             self.index = index = self._built(first, end)
         elif (tokens + self.turn) % BLOCK_TOKENS == 0:
-            if (tokens - self._made_at) // BLOCK_TOKENS % (RECALIBRATE_TOKENS // BLOCK_TOKENS) == 0 and not self._still_fits(index):
+            blocks = (tokens - self._made_at) // BLOCK_TOKENS
+            if blocks and blocks % (RECALIBRATE_TOKENS // BLOCK_TOKENS) == 0 and not self._still_fits(index):
                 self.index = index = self._built(first, end)
             elif end > index.end:
                 keys, values = _joined(self.rows.spans_between(index.end, end))

@@ -48,7 +48,7 @@ _STEP_FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 2.0)
 _STEP_SAMPLE = 4096  # keys that steps are chosen on
 _RIDGE = 1e-4  # of the queries' mean square: directions that no query has looked along
 _LEFT_OUT = 0.02  # share of keys that are thought read when the bias is measured
-_CALIBRATION_QUERIES = 64  # of a KV head, that bias and error are measured with
+_CALIBRATION_QUERIES, _CALIBRATION_KEYS = 64, 4096  # of a KV head, that weights, bias and error are measured with
 _DRIFT = 1.5  # so many times the error of the prompt's queries, and the basis no longer fits
 _SMALL_ERROR = 0.05  # nats: an error below it is as good as none
 
@@ -116,7 +116,13 @@ class SketchIndex:
         return Found(torch.where(chosen_HGK >= 0, chosen_HGK + self._first, -1), score_HGT)
 
     def scores(self, query_HGD: Tensor) -> Tensor:
-        """The guess of every logit, float32 [H, G, T], in the order of positions.
+        """The guess of every logit, float32 [H, G, T], in the order of positions."""
+        logit_HGT = self._row_scores(query_HGD, self.parts)
+        place_HT = torch.cat([part.position_HT for part in self.parts], 1).long() - self._first
+        return torch.empty_like(logit_HGT).scatter_(2, place_HT[:, None].expand_as(logit_HGT), logit_HGT)
+
+    def _row_scores(self, query_HGD: Tensor, parts: tuple[Rows, ...]) -> Tensor:
+        """The guess of the logit of each row.
 
         A query's coordinates are rounded to 8 bits, one scale a query, as the kernel does: products and sums are then whole numbers.
         """
@@ -124,14 +130,11 @@ class SketchIndex:
         query_HGC = query_HGD @ basis.query_HDC
         scale_HG1 = (query_HGC.abs().amax(2, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         whole_HGC = (query_HGC / scale_HG1).round()
-        level_HTC = torch.cat([unpack(part.codes_HNUB, basis.fine_H) for part in self.parts], 1).float()
+        level_HTC = torch.cat([unpack(part.codes_HNUB, basis.fine_H) for part in parts], 1).float()
         middle_HC1 = (_levels(basis.fine_H, basis.units) - 1)[..., None] / 2
         logit_HGT = (whole_HGC @ level_HTC.transpose(1, 2) - whole_HGC @ middle_HC1) * scale_HG1
         logit_HGT = logit_HGT + query_HGD @ basis.centre_HD[..., None]
-        if self.soft_cap is not None:
-            logit_HGT = self.soft_cap * torch.tanh(logit_HGT / self.soft_cap)
-        place_HT = torch.cat([part.position_HT for part in self.parts], 1).long() - self._first
-        return torch.empty_like(logit_HGT).scatter_(2, place_HT[:, None].expand_as(logit_HGT), logit_HGT)
+        return logit_HGT if self.soft_cap is None else self.soft_cap * torch.tanh(logit_HGT / self.soft_cap)
 
     def rest(self, query_HGD: Tensor, found: Found) -> AttentionState:
         assert found.score_HGT is not None
@@ -151,25 +154,28 @@ class SketchIndex:
 
     def recalibrate(self, recent_HCD: Tensor, keys: Keys) -> bool:
         """Measures bias and error anew; False where the error has grown by _DRIFT or more on some KV head."""
-        key_HTD = torch.cat([span.key_HTD.float() for span in keys(self.first, self.end)], 1)
+        spans = keys(self.first, self.end)
+        key_HTD = spans[0].key_HTD if len(spans) == 1 else torch.cat([span.key_HTD for span in spans], 1)
         before_H = self.basis.error_H
         self.basis = self.calibrated(recent_HCD, key_HTD)
         return bool((self.basis.error_H <= _DRIFT * before_H.clamp_min(_SMALL_ERROR)).all())
 
     def calibrated(self, recent_HCD: Tensor, key_HTD: Tensor) -> Basis:
-        """The basis with bias and error as the queries find them; without any they are 0."""
-        tokens = key_HTD.shape[1]
-        left_out = math.ceil(_LEFT_OUT * tokens)
-        if recent_HCD.shape[1] == 0 or left_out >= tokens:
+        """The basis with bias and error as the queries find them, on runs evenly spread; without any query they are 0."""
+        base = self.parts[0]
+        runs = base.every(-(-base.tokens // _CALIBRATION_KEYS))
+        left_out = math.ceil(_LEFT_OUT * runs.tokens)
+        if recent_HCD.shape[1] == 0 or left_out >= runs.tokens:
             return self.basis
         recent_HCD = _thinned(recent_HCD)
-        guess_HCT = self.scores(recent_HCD)
-        true_HCT = recent_HCD @ key_HTD.transpose(1, 2)
+        guess_HCT = self._row_scores(recent_HCD, (runs,))
+        place_HT = runs.position_HT.long() - self._first
+        true_HCT = recent_HCD @ key_HTD.gather(1, place_HT[..., None].expand(-1, -1, key_HTD.shape[2])).float().transpose(1, 2)
         if self.soft_cap is not None:
             true_HCT = self.soft_cap * torch.tanh(true_HCT / self.soft_cap)
         error_H = (true_HCT - guess_HCT).std(2).mean(1)
         read_HCK = guess_HCT.topk(left_out, 2).indices
-        true_HC, guess_HC = (each.scatter(2, read_HCK, -torch.inf).logsumexp(2) for each in (true_HCT, guess_HCT))
+        true_HC, guess_HC = (each.scatter_(2, read_HCK, -torch.inf).logsumexp(2) for each in (true_HCT, guess_HCT))
         return replace(self.basis, bias_H=(true_HC - guess_HC).mean(1), error_H=error_H)
 
     def rollback(self, end: int) -> None:
@@ -212,6 +218,12 @@ class Rows:
 
     def followed_by(self, other: Rows) -> Rows:
         return Rows(*(torch.cat(pair, 1) for pair in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def every(self, stride: int) -> Rows:
+        """Every so many runs."""
+        codes_HBNUB = self.codes_HNUB.unflatten(1, (-1, BLOCK_TOKENS // LANES))[:, ::stride]
+        position_HBT = self.position_HT.unflatten(1, (-1, BLOCK_TOKENS))[:, ::stride]
+        return Rows(codes_HBNUB.flatten(1, 2), position_HBT.flatten(1), self.mean_HBE[:, ::stride], self.mean_scale_HB[:, ::stride])
 
     def cut(self, tokens: int) -> Rows:
         """The first `tokens` tokens; batches stand in the order of their positions."""
@@ -262,7 +274,7 @@ def fit_basis(key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, units: int) ->
     query_HDC = torch.linalg.solve_triangular(root_HDD.transpose(1, 2), directions_HDC, upper=True).float()
     stride = -(-key_HTD.shape[1] // _STEP_SAMPLE)
     sample_HTC = centred_HTD[:, ::stride] @ key_HDC
-    weight_HT = _key_weights(centred_HTD, prompt)[:, ::stride]
+    weight_HT = _key_weights(centred_HTD[:, ::stride], prompt)
     steps = {bits: _steps(sample_HTC, weight_HT, bits) for bits in (4, 2)}
     to_key = key_HTD.new_zeros(heads, head_dim, slots)
     to_query, step_HC = torch.zeros_like(to_key), key_HTD.new_ones(heads, slots)
@@ -371,8 +383,9 @@ def _query_moment(centred_HTD: Tensor, prompt: Prompt) -> tuple[Tensor, tuple[st
 
 
 def _key_weights(centred_HTD: Tensor, prompt: Prompt) -> Tensor:
-    """How much an error of each key's coordinates matters, [H, T]: the square root of its softmax weight, averaged over the prompt's last
-    queries, as a multiple of the even one; from WEIGHT_RANGE.  The root: what later queries attend to is not quite the same."""
+    """How much an error of each key's coordinates matters, [H, T]: the square root of its softmax weight among these, averaged over the
+    prompt's last queries, as a multiple of the even one, within WEIGHT_RANGE.  The root: later queries attend to something else.
+    """
     recent_HCD = _thinned(prompt.recent_HCD)
     if recent_HCD.shape[1] == 0:
         return torch.ones(centred_HTD.shape[:2])
