@@ -159,7 +159,9 @@ def streaming(past: Past) -> Search:
 
 def static_keys(past: Past) -> Search:
     """The k keys that the prompt's last queries gave the most weight, whatever is asked later.  Source: SnapKV (Li et al. 2024)."""
-    weight_T = torch.softmax(past.sample.recent()[0] @ past.key_TD.T, 1).sum(0)
+    recent = past.sample.recent()
+    later_CT = past.first + torch.arange(len(past.key_TD)) > recent.position_C[:, None]
+    weight_T = torch.softmax((recent.query_HCD[0] @ past.key_TD.T).masked_fill(later_CT, -torch.inf), 1).sum(0)
 
     def search(query_GQD: Tensor, k: int) -> Answer:
         chosen_T = torch.zeros(len(weight_T), dtype=torch.bool).scatter_(0, weight_T.topk(k).indices, True)

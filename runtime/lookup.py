@@ -14,6 +14,7 @@ and values, and of the index what is gone; it does not take back what was learnt
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -118,8 +119,7 @@ class LookupStore:
         return words[3].data_ptr()
 
     def _still_fits(self, index: KeyIndex) -> bool:
-        recent_HCD = self.sample.recent()
-        fits = recent_HCD.shape[1] == 0 or index.recalibrate(recent_HCD, self.rows.spans_between)
+        fits = index.recalibrate(self.sample.recent(), self.rows.spans_between)
         self.sample.fade()
         return fits
 
@@ -128,7 +128,10 @@ class LookupStore:
         sample = self.sample
         prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), self.queries_per_kv, self.soft_cap)
         self._made_at, self._made_end = self.tokens, end
-        return index_kind(self.zone.index).build(first, prompt, dict(self.zone.options))
+        index = index_kind(self.zone.index).build(first, prompt, dict(self.zone.options))
+        for note in index.notes:
+            warnings.warn(f"{self.zone.index}: {note}", stacklevel=2)
+        return index
 
     def can_rollback(self, tokens: int) -> Problem | None:
         return self.rows.can_rollback(tokens)
@@ -216,7 +219,7 @@ def attend_found(store: LookupStore, query_HG1D: Tensor, index: KeyIndex, found:
 def attend_chosen(store: LookupStore, scaled_HGD: Tensor, position_HGK: Tensor) -> AttentionState:
     """Exact attention over chosen positions (-1: none): out [H, G, E], lse [H, G], float32."""
     _, group, chosen = position_HGK.shape
-    shared = position_HGK.stride(1) == 0  # one list for the group: each row is read once
+    shared = store.zone.select != "per_query_head"  # one list for the group: each row is read once
     asked = position_HGK[:, 0] if shared else position_HGK.flatten(1)
     key_HKD, value_HKE = store.rows.gather(asked.clamp_min(0))
     if shared:

@@ -2,7 +2,8 @@
 
 Letters: H KV heads, G queries per KV head, S new tokens, N queries of a KV head, C queries kept, D head_dim.
 
-Which positions are sampled depends on the positions alone, so a prompt's sample does not depend on how it was cut.
+Which positions are sampled depends on the positions alone, so a prompt's sample does not depend on how it was cut, but for the order in
+which its moment is summed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.indexes import RECENT_POSITIONS, RECENT_STRIDE
+from kvcompile.runtime.indexes.index import RecentQueries
 
 MOMENT_STRIDE = 4  # every so many positions join the second moment ...
 MOMENT_FROM = 64  # ... from here on: the first few queries of a text are unlike all later ones (10 % of the sketch's error: docs/sketch.md)
@@ -25,7 +27,8 @@ class QuerySample:
     def __init__(self, kv_heads: int, head_dim: int) -> None:
         self.gram_HDD = torch.zeros(kv_heads, head_dim, head_dim)
         self.queries = 0
-        self._recent: list[Tensor] = []  # [H, G, S, D] each
+        self._recent_HGCD: Tensor | None = None
+        self._last = 0  # position of the last of them
 
     def add(self, query_HGSD: Tensor, first: int, scale: float) -> None:
         """Queries of positions from `first` on; scale: on q.k, in them from now on."""
@@ -39,22 +42,20 @@ class QuerySample:
             self.queries += sampled_HND.shape[1]
         last = (first + new - 1) // RECENT_STRIDE * RECENT_STRIDE - first
         start = max(-first % RECENT_STRIDE, last - RECENT_STRIDE * (RECENT_POSITIONS - 1))
-        kept_HGSD = query_HGSD[:, :, start::RECENT_STRIDE] if start < new else query_HGSD[:, :, :0]
-        if kept_HGSD.shape[2]:
-            self._recent.append(kept_HGSD.float() * scale)
-            surplus = sum(part.shape[2] for part in self._recent) - RECENT_POSITIONS
-            while surplus > 0:
-                cut = min(surplus, self._recent[0].shape[2])
-                self._recent[0] = self._recent[0][:, :, cut:]
-                surplus -= cut
-                if not self._recent[0].shape[2]:
-                    del self._recent[0]
+        if start >= new:
+            return
+        kept_HGCD = query_HGSD[:, :, start::RECENT_STRIDE].float() * scale
+        self._recent_HGCD = kept_HGCD if self._recent_HGCD is None else torch.cat([self._recent_HGCD, kept_HGCD], 2)
+        self._recent_HGCD = self._recent_HGCD[:, :, -RECENT_POSITIONS:].contiguous()
+        self._last = first + last
 
-    def recent(self) -> Tensor:
-        """The last queries, float32 [H, C, D]; C = 0 of none."""
-        if not self._recent:
-            return torch.zeros(len(self.gram_HDD), 0, self.gram_HDD.shape[2])
-        return torch.cat(self._recent, 2).flatten(1, 2)
+    def recent(self) -> RecentQueries:
+        """The last queries, those of one query head after those of another."""
+        if self._recent_HGCD is None:
+            return RecentQueries(torch.zeros(len(self.gram_HDD), 0, self.gram_HDD.shape[2]), torch.zeros(0, dtype=torch.int64))
+        _, group, count, _ = self._recent_HGCD.shape
+        position_C = self._last - RECENT_STRIDE * torch.arange(count).flip(0)
+        return RecentQueries(self._recent_HGCD.flatten(1, 2), position_C.repeat(group))
 
     def fade(self) -> None:
         """Counts what was added so far for half, so that later queries weigh more."""
@@ -64,8 +65,9 @@ class QuerySample:
     def copy(self) -> QuerySample:
         """The same sample; tensors are replaced, never changed, so both may go on."""
         other = QuerySample.__new__(QuerySample)
-        other.gram_HDD, other.queries, other._recent = self.gram_HDD, self.queries, list(self._recent)
+        other.gram_HDD, other.queries = self.gram_HDD, self.queries
+        other._recent_HGCD, other._last = self._recent_HGCD, self._last
         return other
 
     def nbytes(self) -> int:
-        return self.gram_HDD.nbytes + sum(part.nbytes for part in self._recent)
+        return self.gram_HDD.nbytes + (0 if self._recent_HGCD is None else self._recent_HGCD.nbytes)

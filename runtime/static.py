@@ -57,19 +57,22 @@ class StaticStore:
         first, end = self.ring.sink_tokens, rows.tokens + 1 - recent_tokens
         spans = rows.spans()
         position_HK = self._most_attended(spans, first, end)
-        self._key_HKD, self._value_HKE = (chosen.to(self.ring.dtype) for chosen in rows.gather(position_HK))
-        self._chosen_end = int(position_HK.max()) + 1
+        key_HKD, value_HKE = (chosen.to(self.ring.dtype) for chosen in rows.gather(position_HK))
+        ring = self.ring.fork()
         for span in spans:
-            self.ring.extend(span.key_HTD, span.value_HTE)
-        self.rows = None
+            ring.extend(span.key_HTD, span.value_HTE)
+        self._chosen_end = int(position_HK.max()) + 1
+        self.rows, self.ring, self._key_HKD, self._value_HKE = None, ring, key_HKD, value_HKE  # at once: an interrupt leaves all as it was
 
     def _most_attended(self, spans: tuple[Span, ...], first: int, end: int) -> Tensor:
-        """Positions [first, end) with the largest weight, summed over the sampled queries; ascending, [H, K]."""
+        """Positions [first, end) with the largest weight, summed over the sampled queries behind them; ascending, [H, K]."""
         key_HTD = torch.cat([span.key_HTD.float() for span in spans], 1)
-        logit_HCT = self.sample.recent() @ key_HTD.transpose(1, 2)
+        recent = self.sample.recent()
+        logit_HCT = recent.query_HCD @ key_HTD.transpose(1, 2)
         if self.soft_cap is not None:
             logit_HCT = self.soft_cap * torch.tanh(logit_HCT / self.soft_cap)
-        votes_HT = torch.softmax(logit_HCT, 2).sum(1)[:, first:end]
+        later_CT = torch.arange(key_HTD.shape[1]) > recent.position_C[:, None]
+        votes_HT = torch.softmax(logit_HCT.masked_fill_(later_CT, -torch.inf), 2).sum(1)[:, first:end]
         return votes_HT.sort(dim=1, descending=True, stable=True).indices[:, : self.zone.keys].sort(dim=1).values + first
 
     def extend(self, key_HSD: Tensor, value_HSE: Tensor) -> tuple[Span, ...]:
@@ -112,7 +115,8 @@ class StaticStore:
         if self.rows is not None:
             return self.rows.can_rollback(tokens)
         problem = self.ring.can_rollback(tokens)
-        if problem is None and self.tokens - tokens < self._chosen_end:
+        window_start = self.tokens - tokens + 1 - (self.ring.recent_tokens or 0)
+        if problem is None and window_start < self._chosen_end:  # what was chosen would stand in the window too
             what = f"a static zone has chosen keys up to position {self._chosen_end - 1}, and has let go what they were chosen from."
             problem = Problem(f"rollback({tokens})", what, "Fork the session before the first token that is generated.")
         return problem

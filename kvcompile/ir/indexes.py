@@ -28,11 +28,14 @@ class Fault(NamedTuple):
 
 
 class IndexBytes(NamedTuple):
-    """held: beside keys and values.  searched: read by a search.  estimated: read beside that where the rest is estimated."""
+    """held: beside keys and values.  searched: read by a search.  estimated: read beside that where the rest is estimated.
+    search_fixed: read by a search whatever the context.
+    """
 
     held: float
     searched: float
     estimated: float
+    search_fixed: int = 0
 
 
 class IndexFacts(Protocol):
@@ -94,7 +97,7 @@ class SketchFacts:
 
     def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
         codes, means = self.units(head_dim, options) * UNIT_BYTES, (value_dim + 4) / BLOCK_TOKENS
-        return IndexBytes(codes + means + 4, codes, means)
+        return IndexBytes(codes + means + 4, codes, means, 4 * head_dim * (16 * self.units(head_dim, options) + 1))
 
     def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
         coordinates = 16 * self.units(head_dim, options)

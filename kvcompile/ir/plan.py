@@ -64,7 +64,7 @@ class HeadGroup:
         index = self._index_bytes(site, found)
         scanned = index.searched + (index.estimated if found.tail else 0)
         exact = everything - packed_bytes(*form, indexed) + rows * row_bytes(*form)
-        return exact + round(len(self.kv_heads) * indexed * scanned)
+        return exact + len(self.kv_heads) * (round(indexed * scanned) + index.search_fixed)
 
     def _format(self, site: AttentionSite) -> tuple[Store, str, int, int, int]:
         return self.policy.store, site.dtype, len(self.kv_heads), site.head_dim, site.value_dim

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompile.ir.indexes import FlatFacts
 from kvcompile.ir.policy import Select
-from kvcompile.runtime.indexes.index import Found, Keys, Prompt
+from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.merge import AttentionState
 
@@ -50,7 +50,7 @@ class FlatIndex:
     def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
         return None
 
-    def recalibrate(self, recent_HCD: Tensor, keys: Keys) -> bool:
+    def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
         return True
 
     def rollback(self, end: int) -> None:

@@ -22,11 +22,33 @@ from kvcompile.runtime.spans import Span
 
 
 @dataclass(frozen=True)
+class RecentQueries:
+    """The last queries, thinned out: query_HCD float32, scaled, in the order of position_C (int64); C may be 0."""
+
+    query_HCD: Tensor
+    position_C: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.query_HCD.shape[1]
+
+    def thinned(self, most: int) -> RecentQueries:
+        """At most `most` of them, evenly spaced."""
+        stride = max(1, -(-self.count // most))
+        return RecentQueries(self.query_HCD[:, ::stride], self.position_C[::stride])
+
+    def behind(self, position: int) -> RecentQueries:
+        """Those asked behind a position."""
+        kept_C = self.position_C > position
+        return RecentQueries(self.query_HCD[:, kept_C], self.position_C[kept_C])
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What an index may learn from: the keys and values that it covers, and the queries that were asked before it was made.
 
     key_HTD, value_HTE: any dtype.  gram_HDD: float32, sum of q q^T over `queries` queries of each KV head; zeros and 0 of none.
-    recent_HCD: float32, the last queries, thinned out; C may be 0.
+    recent: the last queries.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap).
     """
 
@@ -34,7 +56,7 @@ class Prompt:
     value_HTE: Tensor
     gram_HDD: Tensor
     queries: int
-    recent_HCD: Tensor
+    recent: RecentQueries
     queries_per_kv: int
     soft_cap: float | None = None
 
@@ -76,8 +98,8 @@ class KeyIndex(Protocol):
         """An estimate of the attention over everything covered and not found; None of an index that cannot tell."""
         ...
 
-    def recalibrate(self, recent_HCD: Tensor, keys: Keys) -> bool:
-        """Corrects what it learnt from queries by the last ones (scaled, C at least 1).  False where they have moved so far that it
+    def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
+        """Corrects what it learnt from queries by the last ones.  False where they have moved so far that it
         should be made anew."""
         ...
 

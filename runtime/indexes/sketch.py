@@ -35,7 +35,7 @@ from torch import Tensor
 from kvcompile.ir.indexes import BLOCK_TOKENS, RUN_AXES, SketchFacts
 from kvcompile.ir.policy import Select
 from kvcompile.runtime.indexes.balanced import balanced_order
-from kvcompile.runtime.indexes.index import Found, Keys, Prompt
+from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.merge import AttentionState
 
@@ -84,12 +84,22 @@ class SketchIndex:
     """The sketch of one group of KV heads in one session.  `build_sketch` and `restore_sketch` make one.
 
     parts: the keys that were there when it was made, put in order together; and those added since, if any, batch after batch.
+    batch_ends: tokens of the second part at the end of each batch, each put in order by itself.
     """
 
-    def __init__(self, first: int, basis: Basis, soft_cap: float | None, notes: tuple[str, ...], parts: tuple[Rows, ...]) -> None:
+    def __init__(
+        self,
+        first: int,
+        basis: Basis,
+        soft_cap: float | None,
+        notes: tuple[str, ...],
+        parts: tuple[Rows, ...],
+        batch_ends: tuple[int, ...] = (),
+    ) -> None:
         self.basis = basis
         self.parts = parts
         self.soft_cap = soft_cap
+        self.batch_ends = batch_ends
         self._first = first
         self._notes = notes
 
@@ -108,6 +118,7 @@ class SketchIndex:
     def add(self, key_HTD: Tensor, value_HTE: Tensor) -> None:
         new = encode(self.basis, self.end, key_HTD.float(), value_HTE.float())
         self.parts = (self.parts[0], self.parts[1].followed_by(new) if len(self.parts) > 1 else new)
+        self.batch_ends += (self.parts[1].tokens,)
 
     def search(self, query_HGD: Tensor, k: int, select: Select, keys: Keys) -> Found:
         """As KeyIndex; the keys themselves are not looked at."""
@@ -152,41 +163,46 @@ class SketchIndex:
         out_HGE = torch.where(seen_HG1, weight_HGB @ mean_HBE / total_HG1, 0.0)
         return AttentionState(out_HGE, torch.where(seen_HG1, peak_HG1 + total_HG1.log(), -torch.inf).squeeze(2))
 
-    def recalibrate(self, recent_HCD: Tensor, keys: Keys) -> bool:
-        """Measures bias and error anew; False where the error has grown by _DRIFT or more on some KV head."""
+    def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
+        """Measures the bias anew; False where the error is _DRIFT times that of the prompt's queries, or more, on some KV head."""
         spans = keys(self.first, self.end)
         key_HTD = spans[0].key_HTD if len(spans) == 1 else torch.cat([span.key_HTD for span in spans], 1)
-        before_H = self.basis.error_H
-        self.basis = self.calibrated(recent_HCD, key_HTD)
-        return bool((self.basis.error_H <= _DRIFT * before_H.clamp_min(_SMALL_ERROR)).all())
+        measured = self.calibrated(recent, key_HTD)
+        self.basis = replace(self.basis, bias_H=measured.bias_H)
+        return bool((measured.error_H <= _DRIFT * self.basis.error_H.clamp_min(_SMALL_ERROR)).all())
 
-    def calibrated(self, recent_HCD: Tensor, key_HTD: Tensor) -> Basis:
-        """The basis with bias and error as the queries find them, on runs evenly spread; without any query they are 0."""
+    def calibrated(self, recent: RecentQueries, key_HTD: Tensor) -> Basis:
+        """The basis with bias and error as the queries find them, on runs evenly spread; without any query they stay as they are."""
         base = self.parts[0]
         runs = base.every(-(-base.tokens // _CALIBRATION_KEYS))
         left_out = math.ceil(_LEFT_OUT * runs.tokens)
-        if recent_HCD.shape[1] == 0 or left_out >= runs.tokens:
+        recent = recent.thinned(_CALIBRATION_QUERIES).behind(int(runs.position_HT.min()) + 2 * left_out)
+        if recent.count == 0 or left_out >= runs.tokens:
             return self.basis
-        recent_HCD = _thinned(recent_HCD)
-        guess_HCT = self._row_scores(recent_HCD, (runs,))
+        guess_HCT = self._row_scores(recent.query_HCD, (runs,))
         place_HT = runs.position_HT.long() - self._first
-        true_HCT = recent_HCD @ key_HTD.gather(1, place_HT[..., None].expand(-1, -1, key_HTD.shape[2])).float().transpose(1, 2)
+        true_HCT = recent.query_HCD @ key_HTD.gather(1, place_HT[..., None].expand(-1, -1, key_HTD.shape[2])).float().transpose(1, 2)
         if self.soft_cap is not None:
             true_HCT = self.soft_cap * torch.tanh(true_HCT / self.soft_cap)
         error_H = (true_HCT - guess_HCT).std(2).mean(1)
-        read_HCK = guess_HCT.topk(left_out, 2).indices
-        true_HC, guess_HC = (each.scatter_(2, read_HCK, -torch.inf).logsumexp(2) for each in (true_HCT, guess_HCT))
-        return replace(self.basis, bias_H=(true_HC - guess_HC).mean(1), error_H=error_H)
+        later_HCT = runs.position_HT[:, None] > recent.position_C[:, None]  # no query is asked about keys that come after it
+        read_HCK = guess_HCT.masked_fill_(later_HCT, -torch.inf).topk(left_out, 2).indices
+        left = (each.scatter_(2, read_HCK, -torch.inf).logsumexp(2) for each in (true_HCT.masked_fill_(later_HCT, -torch.inf), guess_HCT))
+        true_HC, guess_HC = left
+        seen_HC = (true_HC > -torch.inf) & (guess_HC > -torch.inf)
+        gap_HC = torch.where(seen_HC, true_HC - guess_HC, 0.0)
+        return replace(self.basis, bias_H=gap_HC.sum(1) / seen_HC.sum(1).clamp_min(1), error_H=error_H)
 
     def rollback(self, end: int) -> None:
-        """As KeyIndex; the keys that were there when it was made stay, whose order forgets which came last."""
-        base, *added = self.parts
-        kept = end - self._first - base.tokens
-        if added and kept < added[0].tokens:
-            self.parts = (base, added[0].cut(kept)) if kept > 0 else (base,)
+        """As KeyIndex; a batch that reaches beyond `end` is forgotten whole, and what was there when the index was made stays: their
+        order forgets which came last."""
+        kept = end - self._first - self.parts[0].tokens
+        if self.batch_ends and kept < self.batch_ends[-1]:
+            self.batch_ends = tuple(batch_end for batch_end in self.batch_ends if batch_end <= kept)
+            self.parts = (self.parts[0], self.parts[1].cut(self.batch_ends[-1])) if self.batch_ends else self.parts[:1]
 
     def fork(self) -> SketchIndex:
-        return SketchIndex(self._first, self.basis, self.soft_cap, self._notes, self.parts)
+        return SketchIndex(self._first, self.basis, self.soft_cap, self._notes, self.parts, self.batch_ends)
 
     def nbytes(self) -> int:
         basis = sum(tensor.nbytes for tensor in vars(self.basis).values())
@@ -194,13 +210,19 @@ class SketchIndex:
 
     def scanned_bytes(self, tail: bool) -> int:
         means = sum(part.mean_HBE.nbytes + part.mean_scale_HB.nbytes for part in self.parts)
-        return sum(part.codes_HNUB.nbytes for part in self.parts) + (means if tail else 0)
+        maps = self.basis.query_HDC.nbytes + self.basis.centre_HD.nbytes
+        return sum(part.codes_HNUB.nbytes for part in self.parts) + (means if tail else 0) + maps
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {name: tensor.contiguous() for name, tensor in vars(self.basis).items()}
         for number, part in enumerate(self.parts):
             tensors |= {f"{name}.{number}": tensor.contiguous() for name, tensor in vars(part).items()}
-        return tensors, {"first": self._first, "soft_cap": self.soft_cap, "notes": list(self._notes)}
+        return tensors, {
+            "first": self._first,
+            "soft_cap": self.soft_cap,
+            "notes": list(self._notes),
+            "batch_ends": list(self.batch_ends),
+        }
 
 
 @dataclass(frozen=True)
@@ -226,7 +248,7 @@ class Rows:
         return Rows(codes_HBNUB.flatten(1, 2), position_HBT.flatten(1), self.mean_HBE[:, ::stride], self.mean_scale_HB[:, ::stride])
 
     def cut(self, tokens: int) -> Rows:
-        """The first `tokens` tokens; batches stand in the order of their positions."""
+        """The first `tokens` rows: whole batches."""
         blocks = tokens // BLOCK_TOKENS
         return Rows(
             self.codes_HNUB[:, : tokens // LANES].contiguous(),
@@ -243,9 +265,9 @@ def build_sketch(first: int, prompt: Prompt, units: int) -> SketchIndex:
     """A sketch of the prompt's keys, whose first has position `first`; T is a multiple of BLOCK_TOKENS, at least one block."""
     key_HTD, value_HTE = prompt.key_HTD.float(), prompt.value_HTE.float()
     assert key_HTD.shape[1] and key_HTD.shape[1] % BLOCK_TOKENS == 0, key_HTD.shape
-    basis, notes = fit_basis(key_HTD, value_HTE, prompt, units)
+    basis, notes = fit_basis(first, key_HTD, value_HTE, prompt, units)
     index = SketchIndex(first, basis, prompt.soft_cap, notes, (encode(basis, first, key_HTD, value_HTE),))
-    index.basis = index.calibrated(prompt.recent_HCD, key_HTD)
+    index.basis = index.calibrated(prompt.recent, key_HTD)
     return index
 
 
@@ -256,10 +278,10 @@ def restore_sketch(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) ->
         Rows(**{field.name: tensors[f"{field.name}.{number}"] for field in fields(Rows)})
         for number in range(sum(name.startswith("codes_HNUB.") for name in tensors))
     )
-    return SketchIndex(numbers["first"], basis, numbers["soft_cap"], tuple(numbers["notes"]), parts)
+    return SketchIndex(numbers["first"], basis, numbers["soft_cap"], tuple(numbers["notes"]), parts, tuple(numbers["batch_ends"]))
 
 
-def fit_basis(key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, units: int) -> tuple[Basis, tuple[str, ...]]:
+def fit_basis(first: int, key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, units: int) -> tuple[Basis, tuple[str, ...]]:
     """Directions, steps and how many units are fine, for each KV head; the bias is still 0."""
     heads, _, head_dim = key_HTD.shape
     slots = units * COARSE_COORDINATES
@@ -274,7 +296,8 @@ def fit_basis(key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, units: int) ->
     query_HDC = torch.linalg.solve_triangular(root_HDD.transpose(1, 2), directions_HDC, upper=True).float()
     stride = -(-key_HTD.shape[1] // _STEP_SAMPLE)
     sample_HTC = centred_HTD[:, ::stride] @ key_HDC
-    weight_HT = _key_weights(centred_HTD[:, ::stride], prompt)
+    position_T = torch.arange(first, first + key_HTD.shape[1], stride)
+    weight_HT = _key_weights(centred_HTD[:, ::stride], position_T, prompt.recent)
     steps = {bits: _steps(sample_HTC, weight_HT, bits) for bits in (4, 2)}
     to_key = key_HTD.new_zeros(heads, head_dim, slots)
     to_query, step_HC = torch.zeros_like(to_key), key_HTD.new_ones(heads, slots)
@@ -382,20 +405,19 @@ def _query_moment(centred_HTD: Tensor, prompt: Prompt) -> tuple[Tensor, tuple[st
     return moment_HDD / size_H11 + _RIDGE * torch.eye(head_dim, dtype=torch.float64), notes
 
 
-def _key_weights(centred_HTD: Tensor, prompt: Prompt) -> Tensor:
+def _key_weights(centred_HTD: Tensor, position_T: Tensor, recent: RecentQueries) -> Tensor:
     """How much an error of each key's coordinates matters, [H, T]: the square root of its softmax weight among these, averaged over the
-    prompt's last queries, as a multiple of the even one, within WEIGHT_RANGE.  The root: later queries attend to something else.
+    prompt's last queries that came after it, as a multiple of the even one, within WEIGHT_RANGE.  The root: later queries attend to
+    something else.
     """
-    recent_HCD = _thinned(prompt.recent_HCD)
-    if recent_HCD.shape[1] == 0:
+    recent = recent.thinned(_CALIBRATION_QUERIES).behind(int(position_T[0]))
+    if recent.count == 0:
         return torch.ones(centred_HTD.shape[:2])
-    mass_HT = torch.softmax(recent_HCD @ centred_HTD.transpose(1, 2), 2).mean(1) * centred_HTD.shape[1]
-    return mass_HT.sqrt().clamp(*WEIGHT_RANGE)
-
-
-def _thinned(recent_HCD: Tensor) -> Tensor:
-    """At most _CALIBRATION_QUERIES of the queries, evenly spaced."""
-    return recent_HCD[:, :: max(1, -(-recent_HCD.shape[1] // _CALIBRATION_QUERIES))]
+    later_CT = position_T > recent.position_C[:, None]
+    weight_HCT = torch.softmax((recent.query_HCD @ centred_HTD.transpose(1, 2)).masked_fill_(later_CT, -torch.inf), 2)
+    seen_T = (~later_CT).sum(0).clamp_min(1)
+    even = (~later_CT).sum(1, keepdim=True)  # keys that a query sees
+    return ((weight_HCT * even).sum(1) / seen_T).sqrt().clamp(*WEIGHT_RANGE)
 
 
 def _steps(sample_HTC: Tensor, weight_HT: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,5 @@ def test_a_model_without_attention_is_refused():
             return self.head(self.words(ids))
 
     assert refusal(Bigram()) == (
-        "canonicalise_attention: the model has no attention.\n"
-        "  kvcompile compiles transformers; this graph has nothing for it to do."
+        "canonicalise_attention: the model has no attention.\n  kvcompile compiles transformers; this graph has nothing for it to do."
     )

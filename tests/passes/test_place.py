@@ -45,8 +45,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_parts():
     # 2 layers, 2 KV heads of 16 + 16 floats of 4 bytes: 512 bytes a token
     assert text.startswith("<spec>: target.memory: the plan needs 2 MiB (0 MiB of weights, 2 MiB for one session of 4096 tokens)")
     assert text.endswith(
-        "tokens), more than the declared 1 MiB.\n"
-        "  Declare more memory, give more heads a streaming policy, or choose a smaller dtype."
+        "tokens), more than the declared 1 MiB.\n  Declare more memory, give more heads a streaming policy, or choose a smaller dtype."
     )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from kvcompile.ir.errors import SessionError
 from kvcompile.ir.indexes import BLOCK_TOKENS, SKETCH, index_facts, index_names
 from kvcompile.runtime.indexes.balanced import balanced_order
-from kvcompile.runtime.indexes.index import KeyIndex, Prompt
+from kvcompile.runtime.indexes.index import KeyIndex, Prompt, RecentQueries
 from kvcompile.runtime.indexes.registry import index_kind, load_index, save_index
 from kvcompile.runtime.indexes.select import select_keys
-from kvcompile.runtime.indexes.sketch import SketchIndex, build_sketch, pack, unpack
+from kvcompile.runtime.indexes.sketch import SketchIndex, _key_weights, build_sketch, pack, unpack
 from kvcompile.runtime.spans import Span
 
 HEADS, GROUP = 2, 3
@@ -37,7 +37,14 @@ class Past:
     def prompt(self, first: int, end: int, queries: int | None = None) -> Prompt:
         asked_HND = self.query_HND[:, :queries]
         gram_HDD = asked_HND.transpose(1, 2) @ asked_HND
-        return Prompt(self.key_HTD[:, first:end], self.value_HTE[:, first:end], gram_HDD, asked_HND.shape[1], asked_HND[:, -64:], GROUP)
+        return Prompt(
+            self.key_HTD[:, first:end],
+            self.value_HTE[:, first:end],
+            gram_HDD,
+            asked_HND.shape[1],
+            RecentQueries(asked_HND[:, -64:], torch.full((len(asked_HND[0, -64:]),), 1 << 20)),
+            GROUP,
+        )
 
 
 def past(tokens: int = 1024, dim: int = 64, seed: int = 0) -> Past:
@@ -177,7 +184,7 @@ def test_the_estimate_of_nothing_is_empty():
 
 def test_a_bias_that_was_not_measured_is_zero():
     given = past()
-    prompt = dataclasses.replace(given.prompt(0, 512), recent_HCD=torch.zeros(HEADS, 0, 64))
+    prompt = dataclasses.replace(given.prompt(0, 512), recent=RecentQueries(torch.zeros(HEADS, 0, 64), torch.zeros(0, dtype=torch.int64)))
     assert (build_sketch(0, prompt, 2).basis.bias_H == 0).all()
 
 
@@ -195,7 +202,14 @@ def test_few_queries_are_said_and_still_serve():
 
 
 def test_equal_keys_and_no_value_give_finite_numbers():
-    prompt = Prompt(torch.ones(1, 64, 16), torch.zeros(1, 64, 16), torch.zeros(1, 16, 16), 0, torch.ones(1, 4, 16), 2)
+    prompt = Prompt(
+        torch.ones(1, 64, 16),
+        torch.zeros(1, 64, 16),
+        torch.zeros(1, 16, 16),
+        0,
+        RecentQueries(torch.ones(1, 4, 16), torch.full((4,), 99)),
+        2,
+    )
     index = build_sketch(0, prompt, 1)
     query_HGD = torch.randn(1, 2, 16)
     found = index.search(query_HGD, 3, "union", lambda first, end: ())
@@ -230,11 +244,27 @@ def test_a_sketch_keeps_what_it_was_made_from():
     index = sketch(given, 0, 512)
     index.rollback(480)
     assert index.end == 512
-    index.add(given.key_HTD[:, 512:640], given.value_HTE[:, 512:640])
-    index.rollback(576)
-    assert index.end == 576
+    for first, end in ((512, 544), (544, 768), (768, 800)):
+        index.add(given.key_HTD[:, first:end], given.value_HTE[:, first:end])
+    query_HGD = given.query_HND[:, :GROUP]
+    index.rollback(768)
+    assert index.end == 768
+    index.rollback(700)  # into a batch whose order forgot which came last
+    assert index.end == 544
+    fresh = sketch(given, 0, 512)
+    fresh.add(given.key_HTD[:, 512:544], given.value_HTE[:, 512:544])
+    assert torch.equal(index.scores(query_HGD), fresh.scores(query_HGD))
     index.rollback(480)
     assert index.end == 512
+
+
+def test_what_is_learnt_of_a_key_comes_from_later_queries():
+    given = past()
+    early = RecentQueries(given.query_HND[:, 500:564], torch.full((64,), 700))
+    changed = dataclasses.replace(given, key_HTD=given.key_HTD.clone())
+    changed.key_HTD[:, 701:] *= 7
+    weights = [_key_weights(each.key_HTD, torch.arange(1024), early) for each in (given, changed)]
+    assert torch.equal(weights[0][:, :701], weights[1][:, :701])
 
 
 def test_added_one_block_at_a_time_or_all_the_same_keys_are_covered():
@@ -251,8 +281,10 @@ def test_added_one_block_at_a_time_or_all_the_same_keys_are_covered():
 def test_queries_that_drift_are_noticed():
     given, other = past(), past(seed=9)
     index = sketch(given, 0, 1024)
-    assert index.recalibrate(given.query_HND[:, 500:564], given.keys)
-    assert not index.recalibrate(20 * other.query_HND[:, :64], given.keys)
+    behind = torch.full((64,), 2000)
+    assert index.recalibrate(RecentQueries(given.query_HND[:, 500:564], behind), given.keys)
+    for _ in range(2):  # again: it is held against the prompt's queries, not against the last ones
+        assert not index.recalibrate(RecentQueries(20 * other.query_HND[:, :64], behind), given.keys)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------------
@@ -329,6 +361,6 @@ def test_bytes_are_what_the_plan_counts():
     given = past(dim=64)
     index = sketch(given, 0, 512)
     counted = SKETCH.bytes_per_token(64, 64, 2, {})
-    assert index.scanned_bytes(tail=False) == HEADS * 512 * counted.searched
-    assert index.scanned_bytes(tail=True) == HEADS * 512 * (counted.searched + counted.estimated)
+    assert index.scanned_bytes(tail=False) == HEADS * (512 * counted.searched + counted.search_fixed)
+    assert index.scanned_bytes(tail=True) == HEADS * (512 * (counted.searched + counted.estimated) + counted.search_fixed)
     assert index.nbytes() == HEADS * (512 * counted.held + SKETCH.fixed_bytes(64, 64, {}))

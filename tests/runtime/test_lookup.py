@@ -192,6 +192,25 @@ def test_a_rollback_is_as_if_the_tokens_had_never_been(back):
     torch.testing.assert_close(state.out, expected.out, rtol=1e-4, atol=1e-4)
 
 
+def test_a_rollback_into_a_second_prompt_forgets_all_of_its_batch():
+    given = tokens(1600)
+    held, never = store(), store()
+    for each in (held, never):
+        read_prompt(each, *at(given, 0, 600))
+        for position in range(600, 610):
+            step(each, *at(given, position, position + 1))
+    read_prompt(held, *at(given, 610, 1410))
+    for position in range(1410, 1450):
+        step(held, *at(given, position, position + 1))
+    held.rollback(440)
+    read_prompt(never, *at(given, 610, 1010))
+    for position in range(1010, 1080):
+        state, expected = (step(each, *at(given, position, position + 1)) for each in (held, never))
+        covered = torch.cat([part.position_HT for part in held.index.parts], 1).sort(1).values
+        assert torch.equal(covered, torch.arange(held.index.first, held.index.end, dtype=torch.int32).expand(HEADS, -1))
+    torch.testing.assert_close(state.out, expected.out, rtol=0.1, atol=0.1)
+
+
 def test_a_rollback_into_the_prompt_makes_the_index_anew():
     given = tokens(900)
     held = store()
@@ -233,7 +252,10 @@ def test_what_is_sampled_does_not_depend_on_chunks(chunk):
     whole.add(query_HGSD, 0, SCALE)
     for first in range(0, 700, chunk):
         parts.add(query_HGSD[:, :, first : first + chunk], first, SCALE)
-    assert torch.equal(whole.recent(), parts.recent())
+    for one, other in zip(
+        (whole.recent().query_HCD, whole.recent().position_C), (parts.recent().query_HCD, parts.recent().position_C), strict=True
+    ):
+        assert torch.equal(one, other)
     assert whole.queries == parts.queries == 159 * GROUP
     torch.testing.assert_close(whole.gram_HDD, parts.gram_HDD, rtol=1e-4, atol=1e-4)
     expected_HGSD = query_HGSD[:, :, 64::4] * SCALE  # the first ones are unlike all others
@@ -244,7 +266,8 @@ def test_the_last_queries_are_kept():
     query_HGSD, _, _ = tokens(2000)
     sample = QuerySample(HEADS, DIM)
     sample.add(query_HGSD, 0, 1.0)
-    assert torch.equal(sample.recent(), query_HGSD[:, :, 976::16].flatten(1, 2))
+    assert torch.equal(sample.recent().query_HCD, query_HGSD[:, :, 976::16].flatten(1, 2))
+    assert sample.recent().position_C.tolist() == list(range(976, 2000, 16)) * GROUP
 
 
 # --- chosen once -----------------------------------------------------------------------------------------------------------------------
@@ -267,7 +290,9 @@ def test_static_keys_are_those_that_the_last_queries_attend_to():
     held = static()
     read_prompt(held, *at(given, 0, 300))
     recent_HCD = query_HGSD[:, :, 0:300:16].flatten(1, 2).double() * SCALE
-    votes_HT = torch.softmax(recent_HCD @ key_HSD[:, :300].double().transpose(1, 2), 2).sum(1)[:, 4:281]
+    later_CT = torch.arange(300) > torch.arange(0, 300, 16).repeat(GROUP)[:, None]
+    logit_HCT = (recent_HCD @ key_HSD[:, :300].double().transpose(1, 2)).masked_fill(later_CT, -torch.inf)
+    votes_HT = torch.softmax(logit_HCT, 2).sum(1)[:, 4:281]
     chosen_HK = votes_HT.topk(16, 1).indices + 4
     for position in range(300, 400):
         state = static_step(held, *at(given, position, position + 1))
@@ -305,3 +330,14 @@ def test_static_forks_and_rollbacks():
         held.rollback(40)
     with pytest.raises(SessionError, match="static zone has chosen"):
         held.rollback(held.tokens - 2)
+
+
+def test_a_static_rollback_never_lets_the_window_reach_chosen_keys():
+    given = tokens(400)
+    held = static(keys=200, rollback_tokens=60)
+    read_prompt(held, *at(given, 0, 300))
+    for position in range(300, 310):
+        static_step(held, *at(given, position, position + 1))
+    for back in range(60):
+        if held.can_rollback(back) is None:
+            assert held.tokens - back + 1 - WINDOW.recent_tokens >= held._chosen_end
