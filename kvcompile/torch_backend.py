@@ -104,6 +104,13 @@ def _read_options(options: Mapping[str, Any] | None, other: Mapping[str, Any]) -
                         "Leave it out, or use kvcompile.compile or kvcompile.Cache.",
                     )
                 )
+    for rule in spec.heads:
+        policy = spec.policies[rule.policy]
+        if policy.found is not None:
+            what = f"policy {policy.name} finds keys while tokens are generated, and {WHERE} is shown masks and a cache of the model's own."
+            problems.append(
+                Problem(f"{rule.where}.policy", what, "Use kvcompile.compile or kvcompile.Cache, or a policy of full or streaming.")
+            )
     if problems:
         raise SpecError(*problems)
     return spec

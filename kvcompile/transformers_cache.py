@@ -27,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, SessionError, SpecError, UnsupportedGraphError
 from kvcompile.ir.plan import Plan
-from kvcompile.ir.policy import SinkRecent
+from kvcompile.ir.policy import TopK
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.ir.spec import Spec, Target
 from kvcompile.ir.unit import Unit
@@ -149,9 +149,12 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers is not fo
 
     @property
     def is_croppable(self) -> bool:
-        """Whether crop always works: no ring without `rollback`."""
-        groups = [group for site in self.plan.sites for group in site.groups]
-        return all(group.policy.rollback_tokens > 0 or not isinstance(group.policy.zones[0], SinkRecent) for group in groups)
+        """Whether crop always works: no ring without `rollback`, and nothing that lets go of a prompt."""
+        policies = [group.policy for site in self.plan.sites for group in site.groups]
+        return all(
+            policy.window is None or isinstance(policy.found, TopK) or (policy.found is None and policy.rollback_tokens > 0)
+            for policy in policies
+        )
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kvcompile.ir.errors import CapacityError, Problem, SpecError
-from kvcompile.ir.plan import Plan
-from kvcompile.ir.policy import HeadPolicy
+from kvcompile.ir.plan import HeadGroup, Plan
+from kvcompile.ir.policy import All, HeadPolicy, Static
 from kvcompile.ir.store_bytes import store_problem
 from kvcompile.ir.unit import Unit
 
@@ -64,7 +64,7 @@ class Place:
         limit = unit.spec.target.memory_bytes
         if limit is None:
             return
-        stored = plan.stored_bytes(capacity)
+        stored = _with_whole_prompts(plan).stored_bytes(capacity)
         needed = plan.weight_bytes + stored
         if needed > limit:
             raise CapacityError(
@@ -85,3 +85,12 @@ def _policy_name(unit: Unit, policy: HeadPolicy) -> str:
     """As the spec calls it: a layer with a window of its own has another name for it."""
     named = [name for name, other in unit.spec.policies.items() if name == policy.name or other.store == policy.store]
     return policy.name if policy.name in named else named[0]
+
+
+def _with_whole_prompts(plan: Plan) -> Plan:
+    """The plan as it is while a prompt is read: heads that will choose keys still hold all of it."""
+
+    def whole(group: HeadGroup) -> HeadGroup:
+        return replace(group, policy=replace(group.policy, zones=(All(),))) if isinstance(group.policy.found, Static) else group
+
+    return replace(plan, sites=tuple(replace(site, groups=tuple(map(whole, site.groups))) for site in plan.sites))

@@ -15,7 +15,7 @@ from kvcompile.ir.indexes import RECENT_POSITIONS, RECENT_STRIDE
 from kvcompile.runtime.indexes.index import RecentQueries
 
 MOMENT_STRIDE = 4  # every so many positions join the second moment ...
-MOMENT_FROM = 64  # ... from here on: the first few queries of a text are unlike all later ones (10 % of the sketch's error: docs/sketch.md)
+MOMENT_FROM = 64  # ... from here on: the first few queries of a text are unlike all later ones
 
 
 class QuerySample:

@@ -69,7 +69,8 @@ class Session:
         return len(self.tokens)
 
     def prefill(self, tokens: Tokens, *, logits: str = "last", on_chunk: Callable[[int, int], None] | None = None) -> Tensor:
-        """Read tokens, in chunks of `prefill.chunk_tokens`; the result does not depend on the chunk size.
+        """Read tokens, in chunks of `prefill.chunk_tokens`; the result does not depend on the chunk size, but over a KIVI store, whose
+        earlier chunks are quantised when the next one is read.
 
         Returns the last position's logits, float32 `[vocabulary]`; with logits="all" every position's, float32
         `[tokens, vocabulary]`.  on_chunk(read, total) is called after each chunk.
@@ -137,8 +138,8 @@ class Session:
         del self.tokens[len(self) - tokens :]
 
     def nbytes(self) -> int:
-        """Bytes of keys and values that this session holds itself, 0 for an empty one and for a fresh fork's shared past, and of
-        the inputs of its convolutions."""
+        """Bytes that this session holds itself: keys and values (0 for an empty one and for a fresh fork's shared past), indexes and
+        samples of queries (what a fork shares counts for both), and the inputs of its convolutions."""
         return sum(store.nbytes() for stores in self._stores for store in stores) + sum(state.nbytes() for state in self.convolutions)
 
     def shared_nbytes(self) -> int:

@@ -353,6 +353,15 @@ def test_what_a_spec_cannot_mean_here_is_refused() -> None:
         assert f"<spec>: policies.near.{name}: means nothing to {where}: the cache and the rotation are the model's." in said
 
 
+@pytest.mark.parametrize("zone", [{"top_k": {"k": "100%"}}, {"static": {"keys": 4}}])
+def test_policies_that_find_keys_are_refused(zone: dict[str, Any]) -> None:
+    zones = [{"sink_recent": {"sink_tokens": 3, "recent_tokens": 8}}, zone]
+    said = refusal(options={"spec": {"kvcompile": 1, "policies": {"mine": {"zones": zones}}, "heads": [{"policy": "mine"}]}})
+    assert said.startswith("<spec>: heads[0].policy: policy mine finds keys while tokens are generated"), said
+    assert "kvcompile.Cache" in said
+    assert "policy lookup finds keys" in refusal(options={"spec": {"kvcompile": 1, "heads": [{"policy": "lookup"}]}})
+
+
 def test_heads_that_the_model_lacks_are_refused(graphs: list[torch.fx.GraphModule]) -> None:
     spec = {**MIXED, "heads": [{"policy": "near", "kv_heads": [2]}]}
     with pytest.raises(BackendCompilerFailed, match="KV head 2 does not exist in model") as caught:

@@ -200,6 +200,13 @@ def test_cropped_is_as_if_never_read() -> None:
         assert (logits(model, ids[:, -back:], cache) - want[:, -back:]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("zone", "croppable"), [({"top_k": {"k": 9}}, True), ({"static": {"keys": 4}}, False)])
+def test_what_finds_keys_can_be_cropped_if_it_keeps_them_all(zone: dict[str, Any], croppable: bool) -> None:
+    zones = [{"sink_recent": {"sink_tokens": 3, "recent_tokens": 8}}, zone]
+    spec = {"kvcompile": 1, "policies": {"mine": {"zones": zones, "rollback": 5}}, "heads": [{"policy": "mine"}]}
+    assert kvcompile.Cache(loud_llama(), spec=spec).is_croppable == croppable
+
+
 def test_a_crop_beyond_the_ring_changes_no_row() -> None:
     model = loud_llama()
     ids = prompt(40, rows=2)

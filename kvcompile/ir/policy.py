@@ -4,7 +4,8 @@ Visibility, for a query at absolute position p and a key at position j <= p:
   All                      every j
   SinkRecent(s, r)         j < s  or  j > p - r       (r counts the query's own token)
   TopK, Static             some of s <= j <= p - r, beside the SinkRecent zone of the same policy: which, is found at run time
-A prompt (more than one token in a call) is read with all its past under a policy that has TopK or Static: they are learnt from it.
+A prompt (more than one token in a call) is read with all its past under a policy that has TopK or Static: they are learnt from it.  What
+Static has let go does not come back for a second prompt.
 """
 
 from __future__ import annotations

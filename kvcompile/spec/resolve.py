@@ -26,7 +26,7 @@ from kvcompile.spec.loader import Document, from_mapping, read_yaml
 from kvcompile.spec.messages import nearest, translate
 from kvcompile.spec.overrides import apply_overrides
 from kvcompile.spec.patterns import check_pattern, read_pattern
-from kvcompile.spec.schema import PolicyForm, RuleForm, SpecForm, StoreForm, TopKForm
+from kvcompile.spec.schema import MOST_TOKENS, PolicyForm, RuleForm, SpecForm, StoreForm, TopKForm
 from kvcompile.spec.unbuilt import UNBUILT_POLICIES, unbuilt_problems
 
 BUILT_IN = {
@@ -247,8 +247,8 @@ class _Reader:
         """The zone, or None where its index or k is at fault, which is then said."""
         name, options = (form.index, {}) if isinstance(form.index, str) else next(iter(form.index.items()))
         where = f"{path}.index" if isinstance(form.index, str) else f"{path}.index.{name}"
-        if form.k is None or form.k <= 0:
-            what = "is missing." if form.k is None else "finds no key."
+        if form.k is None or form.k <= 0 or form.k > (1.0 if isinstance(form.k, float) else MOST_TOKENS):
+            what = "is missing." if form.k is None else "finds no key." if form.k <= 0 else "is more than there can be."
             self._problem(f"{path}.k" if form.k is not None else path, f"k {what}", "Write a number of tokens or a percentage: k: 1%.")
             return None
         try:

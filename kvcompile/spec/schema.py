@@ -64,8 +64,9 @@ _amount = _parsed(_parse_amount, _AMOUNT_SCHEMA)
 _bytes = _parsed(parse_bytes, _BYTES_SCHEMA)
 _numbers = _parsed(parse_numbers, _NUMBERS_SCHEMA)
 
-Tokens: TypeAlias = Annotated[int, *_tokens, Field(ge=0, le=1 << 40)]
-SomeTokens: TypeAlias = Annotated[int, *_tokens, Field(ge=1, le=1 << 40)]
+MOST_TOKENS = 1 << 40
+Tokens: TypeAlias = Annotated[int, *_tokens, Field(ge=0, le=MOST_TOKENS)]
+SomeTokens: TypeAlias = Annotated[int, *_tokens, Field(ge=1, le=MOST_TOKENS)]
 Percent: TypeAlias = Annotated[float, *_percent, Field(ge=0, le=1)]
 Amount: TypeAlias = Annotated[int | float, *_amount]
 Numbers: TypeAlias = Annotated[tuple[int, ...] | None, *_numbers]

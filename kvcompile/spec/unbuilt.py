@@ -27,6 +27,9 @@ def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
     if spec.prefix is not None:
         yield _not_built(document.where("prefix"), "a prefix shared by several sessions", "Take it out.")
     if spec.target.device == "cuda":
+        for index, rule in enumerate(spec.heads or []):
+            if rule.policy == "lookup" and rule.policy not in spec.policies:
+                yield _not_built(document.where(f"heads[{index}].policy"), "policy lookup on cuda", "Write target.device: cpu.")
         for name, policy in spec.policies.items():
             if policy.store is not None and (policy.store.kivi is not None or policy.store.dtype == "int8"):
                 where = document.where(f"policies.{name}.store")

@@ -43,8 +43,8 @@ def test_a_ring_stops_growing_and_holds_what_a_rollback_needs(context, stored, r
 def test_a_policy_that_looks_keys_up_reads_window_scan_and_chosen_keys(select, k, context, read):
     policy = HeadPolicy("lookup", (SinkRecent(64, 256), TopK(k, "sketch", select=select, tail=True)))
     indexed = (context - 352) // 32 * 32 if read < context else 0
-    scanned = 8 + (32 + 4) / 32
-    assert site(HeadGroup((0, 1, 2), policy)).read_bytes(context) == 3 * (read * (64 + 32) * 2 + indexed * scanned)
+    scanned, query_map = 8 + (32 + 4) / 32, 4 * 64 * 33 if indexed else 0
+    assert site(HeadGroup((0, 1, 2), policy)).read_bytes(context) == 3 * (read * (64 + 32) * 2 + indexed * scanned + query_map)
 
 
 def test_a_policy_that_looks_keys_up_keeps_everything_its_index_and_a_sample_of_queries():

@@ -293,6 +293,12 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
         (f"{LOOKUP} index: flat}}}}]}}}}", "policies.a.zones[1].top_k: k is missing.\n  Write a number of tokens or a percentage: k: 1%."),
         (f"{LOOKUP} k: 0}}}}]}}}}", "policies.a.zones[1].top_k.k: k finds no key."),
         (f"{LOOKUP} k: 0%}}}}]}}}}", "policies.a.zones[1].top_k.k: k finds no key."),
+        (f"{LOOKUP} k: 101%}}}}]}}}}", "policies.a.zones[1].top_k.k: k is more than there can be."),
+        (f"{LOOKUP} k: {10**30}}}}}]}}}}", "policies.a.zones[1].top_k.k: k is more than there can be."),
+        (
+            "target: {device: cuda}\nheads: [{policy: lookup}]",
+            "s.yaml:3: heads[0].policy: policy lookup on cuda is not built in kvcompile",
+        ),
         (
             f"{LOOKUP} k: 4, index: scetch}}}}]}}}}",
             'policies.a.zones[1].top_k.index: the index "scetch": there is no index scetch.\n  Did you mean "sketch"?',
