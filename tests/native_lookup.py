@@ -14,7 +14,7 @@ from kvcompile.ir.policy import Select
 from kvcompile.ir.request import LookupRequest
 from kvcompile.runtime import reference
 from kvcompile.runtime.growable import GrowableStore
-from kvcompile.runtime.indexes.index import Prompt
+from kvcompile.runtime.indexes.index import Prompt, RecentQueries
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.indexes.sketch import SketchIndex, build_sketch
 from kvcompile.runtime.merge import AttentionState
@@ -91,7 +91,13 @@ class Reader:
         gram_HDD = past_HCD.transpose(1, 2) @ past_HCD
         made = FIRST + tokens - added
         prompt = Prompt(
-            self.key_HTD[:, FIRST:made], self.value_HTE[:, FIRST:made], gram_HDD, 50, past_HCD, site.queries_per_kv, site.soft_cap
+            self.key_HTD[:, FIRST:made],
+            self.value_HTE[:, FIRST:made],
+            gram_HDD,
+            50,
+            RecentQueries(past_HCD, torch.full((50,), made)),
+            site.queries_per_kv,
+            site.soft_cap,
         )
         self.index = build_sketch(FIRST, prompt, site.units)
         if added:
