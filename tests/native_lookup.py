@@ -90,14 +90,9 @@ class Reader:
         past_HCD = random(heads, 50, dim) * spread_D.flip(0).sqrt() * site.request.scale
         gram_HDD = past_HCD.transpose(1, 2) @ past_HCD
         made = FIRST + tokens - added
+        recent = RecentQueries(past_HCD, torch.arange(50) + made)
         prompt = Prompt(
-            self.key_HTD[:, FIRST:made],
-            self.value_HTE[:, FIRST:made],
-            gram_HDD,
-            50,
-            RecentQueries(past_HCD, torch.full((50,), made)),
-            site.queries_per_kv,
-            site.soft_cap,
+            self.key_HTD[:, FIRST:made], self.value_HTE[:, FIRST:made], gram_HDD, 50, recent, site.queries_per_kv, site.soft_cap
         )
         self.index = build_sketch(FIRST, prompt, site.units)
         if added:

@@ -88,6 +88,16 @@ struct KvcLookupQuery {
   float *scale, *base;  // [queries]: logit = scale * score + base
 };
 
+// What a scan keeps where it writes no scores: keys that may be chosen, and of each run of 32 what the others weigh.
+struct KvcSifted {
+  const int32_t *threshold, *shift;  // [queries]: a key whose score reaches one query's threshold is a candidate
+  int64_t room;                      // of the lists; lists are written 16 numbers at a time
+  int32_t *rows, *scores;            // [room], [queries][room]: of candidates, in the order of the sketch
+  int64_t count;                     // of candidates so far
+  float *sums;                       // [queries][sum_stride]: exp(logit - logit of `shift`) of a run's other keys; null: not wanted
+  int64_t sum_stride;
+};
+
 // Scores are [blocks][queries][16], the bits of chosen keys words of 32; lookup.h says what each function does.
 struct KvcLookupKernel {
   uint64_t key;
@@ -107,6 +117,14 @@ struct KvcLookupKernel {
   void (*add_rest)(const KvcLookupQuery *, const int32_t *top, const int32_t *scores, const uint32_t *chosen, int64_t chosen_stride,
                    const int8_t *mean, const float *mean_scale, int64_t runs, const KvcState *);
   float (*logit)(int32_t score, float scale, float base);
+  int32_t (*find_threshold)(const int32_t *scores, int64_t vectors, int64_t stride, int64_t rank, int32_t *largest);
+  void (*sift)(const KvcLookupQuery *, const KvcSketch *, const uint8_t *codes, int64_t first, int64_t runs, KvcSifted *);
+  int32_t (*pick)(const int32_t *scores, const int32_t *indices, int64_t vectors, int64_t k, int32_t threshold, const KvcSketchRows *,
+                  uint32_t *chosen);
+  float (*put_back)(const KvcLookupQuery *, int32_t row, int32_t shift, const int32_t *scores, const int32_t *indices, int64_t count,
+                    const uint32_t *chosen, float *sums, int64_t runs);
+  void (*add_runs)(const float *sums, int64_t stride, const float *least, const int8_t *mean, const float *mean_scale, int64_t runs,
+                   const KvcState *);
 };
 
 // Rows [first, last) of a linear layer for a few tokens: y[m][o] = sum_i x[m][i] * w[o][i] + bias[o].
@@ -119,7 +137,7 @@ struct KvcLinearKernel {
 };
 
 // What a shared object of kernels holds; its symbol `kvc_kernels` returns it.
-constexpr int64_t kKernelVersion = 3;
+constexpr int64_t kKernelVersion = 4;
 struct KvcKernels {
   int64_t version;
   const KvcAttendKernel *const *attend;

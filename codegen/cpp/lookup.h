@@ -31,6 +31,7 @@ constexpr int kFineCoordinates = 8;           // of a unit at 4 bits
 constexpr int kFineTop = 15, kCoarseTop = 3;  // the largest code
 constexpr int kRowsAhead = 16;                // rows that are asked for before they are read
 constexpr int32_t kNothing = INT32_MIN;       // below every score
+alignas(64) constexpr int32_t kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // ---- vectors of whole numbers ----
 
@@ -129,6 +130,17 @@ KVC_INLINE Ints set_lanes(uint32_t bits) {
 #else
   alignas(64) static constexpr uint32_t kLane[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
   return (Ints)(load_bits(kLane) & bits) > 0;
+#endif
+}
+
+// Writes the lanes whose bit is set one after another; what follows them, up to 16 numbers in all, is anything.
+KVC_INLINE void store_lanes(int32_t *to, Ints v, uint32_t bits) {
+#if defined(__AVX512F__)
+  store_ints(to, (Ints)_mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)v));
+#else
+  int32_t lane[16];
+  store_ints(lane, v);
+  for (; bits; bits &= bits - 1) *to++ = lane[__builtin_ctz(bits)];
 #endif
 }
 
@@ -288,6 +300,13 @@ KVC_INLINE Floats weights_below(Ints score, int32_t top, float scale, float base
   return exp2_of(to_floats(score - top) * (scale * 1.44269504f));
 }
 
+// exp(logit - logit of `shift`), where that is not too large; the sums of weights of the sifted keys.
+template <class S>
+KVC_INLINE Floats weights_around(Ints score, int32_t shift, float scale, float base) {
+  if constexpr (S::kCapped) return exp_negative(logits_of<S>(score, scale, base) - logits_of<S>(shift + Ints{}, scale, base));
+  return exp2_of(to_floats(score - shift) * (scale * 1.44269504f));
+}
+
 // ---- the choice ----
 
 // The largest number t of which at least k of the numbers are at least t, where that is known of `low`, and none is above `high`.
@@ -311,6 +330,11 @@ KVC_INLINE int32_t kth_largest(const int32_t *numbers, int64_t vectors, int64_t 
       high = middle - 1;
   }
   return (int32_t)low;
+}
+
+inline int32_t position_of(const KvcSketchRows *part, int32_t index) {
+  for (; index >= part->tokens; part++) index -= (int32_t)part->tokens;
+  return part->position[index];
 }
 
 // Sets the bits of the k largest numbers and clears the others'; of equal numbers the earlier positions are chosen.  numbers: an even
@@ -354,15 +378,52 @@ inline int32_t choose_largest(const int32_t *numbers, int64_t vectors, const int
       chosen[indices[i] / 32] &= ~(1u << indices[i] % 32);
   }
   if (wanted == ties) return last;
-  const auto position = [rows](int32_t index) {
-    const KvcSketchRows *part = rows;
-    for (; index >= part->tokens; part++) index -= (int32_t)part->tokens;
-    return part->position[index];
-  };
   std::nth_element(indices.begin(), indices.begin() + wanted, indices.begin() + ties,
-                   [&](int32_t one, int32_t other) { return position(one) < position(other); });
+                   [&](int32_t one, int32_t other) { return position_of(rows, one) < position_of(rows, other); });
   for (int64_t i = wanted; i < ties; i++) chosen[indices[i] / 32] &= ~(1u << indices[i] % 32);
   return last;
+}
+
+// The number of that rank, and the largest one; vectors lie `stride` numbers apart.
+inline int32_t find_threshold(const int32_t *scores, int64_t vectors, int64_t stride, int64_t rank, int32_t *largest) {
+  Ints most = kNothing + Ints{}, least = most;
+  for (int64_t v = 0; v < vectors; v++) {
+    const Ints lanes = load_as<Ints>(scores + v * stride);
+    most = larger(most, lanes), least = larger(least, ~lanes);
+  }
+  *largest = max_of(most);
+  return kth_largest(scores, vectors, stride, rank, ~max_of(least), *largest);
+}
+
+// Of candidates, an even count of vectors that ends with kNothing: sets the bits of the k largest scores and clears the others'; of equal
+// ones those at earlier positions.  indices: of candidates in the sketch.  Returns the largest score; kNothing where fewer than k scores
+// reach the threshold.
+inline int32_t pick_largest(const int32_t *scores, const int32_t *indices, int64_t vectors, int64_t k, int32_t threshold,
+                            const KvcSketchRows *rows, uint32_t *chosen) {
+  Ints most = kNothing + Ints{};
+  int64_t count = 0;
+  for (int64_t v = 0; v < vectors; v++) {
+    const Ints lanes = load_as<Ints>(scores + v * 16);
+    most = larger(most, lanes);
+    count += __builtin_popcount(lanes_from(lanes, threshold));
+  }
+  if (count < k) return kNothing;
+  const int32_t largest = max_of(most), last = kth_largest(scores, vectors, 16, k, threshold, largest);
+  count = 0;
+  for (int64_t v = 0; v < vectors; v += 2) {
+    chosen[v / 2] = lanes_from(load_as<Ints>(scores + v * 16), last) | lanes_from(load_as<Ints>(scores + v * 16 + 16), last) << 16;
+    count += __builtin_popcount(chosen[v / 2]);
+  }
+  if (count == k) return largest;
+  static thread_local std::vector<int32_t> ties;
+  ties.clear();
+  for (int64_t i = 0; i < vectors * 16; i++)
+    if (scores[i] == last) ties.push_back((int32_t)i);
+  const auto keep = ties.end() - (count - k);
+  std::nth_element(ties.begin(), keep, ties.end(),
+                   [&](int32_t one, int32_t other) { return position_of(rows, indices[one]) < position_of(rows, indices[other]); });
+  for (auto tie = keep; tie < ties.end(); tie++) chosen[*tie / 32] &= ~(1u << *tie % 32);
+  return largest;
 }
 
 // Of each query: the largest logit of some blocks, and the sum of exp(logit - largest).
@@ -395,6 +456,83 @@ void share_weights(const KvcLookupQuery *query, const float *log_sum, int32_t by
     int32_t *top = tops + (first + b) % kTops * 16;
     store_ints(top, larger(load_as<Ints>(top), (Ints)shared));
   }
+}
+
+// ---- the scan that keeps candidates and sums ----
+
+// Adds the candidates among some runs to the lists; index `first` is the first key's.  Keys that no query can want weigh nothing in the
+// sums where all of a run lie so far below the shift that a million of them are lost in rounding.
+template <class S>
+void sift_runs(const KvcLookupQuery *query, const KvcSketch *sketch, const uint8_t *codes, int64_t first, int64_t runs, KvcSifted *to) {
+  constexpr int kAtOnce = kRegisters >= 32 ? 2 : 1;
+  constexpr int kScanned = kRegisters >= 32 ? 8 : 2;
+  constexpr float kFarBelow = 32;
+  alignas(64) int32_t scores[2 * S::kQueries * 16];
+  alignas(64) Floats weights[S::kQueries][4];
+  int32_t floor[S::kQueries];
+  for (int row = 0; row < S::kQueries; row++)
+    floor[row] = S::kCapped ? kNothing + 1 : to->shift[row] - (int32_t)std::min(kFarBelow / query->scale[row], 1e9f);
+  const int units = (int)sketch->units, fine = (int)sketch->fine;
+  const int64_t run_bytes = 2 * units * kUnitBytes;
+  const Ints lane = load_as<Ints>(kLaneNumbers);
+  for (int64_t run = 0; run < runs; run++, codes += run_bytes) {
+    for (int64_t i = 0; i < run_bytes; i += 64) prefetch(codes + i);
+    for (int block = 0; block < 2; block += kAtOnce)
+      each_rows<(kScanned < S::kQueries ? kScanned : S::kQueries)>(0, S::kQueries, [&](auto m, int row) {
+        Ints sum[kAtOnce][m];
+        score_blocks<m, kAtOnce>(query->whole + row * units * kUnitCoordinates, query->start + row, units, fine,
+                                 codes + block * units * kUnitBytes, sum);
+        for (int b = 0; b < kAtOnce; b++)
+          for (int i = 0; i < m; i++) store_ints(scores + ((block + b) * S::kQueries + row + i) * 16, sum[b][i]);
+      });
+    uint32_t kept[2] = {};
+    for (int block = 0; block < 2; block++)
+      for (int row = 0; row < S::kQueries; row++)
+        kept[block] |= lanes_from(load_as<Ints>(scores + (block * S::kQueries + row) * 16), to->threshold[row]);
+    for (int block = 0; block < 2; block++) {
+      if (!kept[block]) continue;
+      store_lanes(to->rows + to->count, lane + (int32_t)(first + run * kRunTokens + block * 16), kept[block]);
+      for (int row = 0; row < S::kQueries; row++)
+        store_lanes(to->scores + row * to->room + to->count, load_as<Ints>(scores + (block * S::kQueries + row) * 16), kept[block]);
+      to->count += __builtin_popcount(kept[block]);
+    }
+    if (!to->sums) continue;
+    for (int row = 0; row < S::kQueries; row++) {
+      const Ints one = load_as<Ints>(scores + row * 16), other = load_as<Ints>(scores + (S::kQueries + row) * 16);
+      weights[row][run % 4] = Floats{};
+      if (!lanes_from(larger(one, other), floor[row])) continue;
+      const float scale = query->scale[row], base = query->base[row];
+      const Floats low = weights_around<S>(one, to->shift[row], scale, base), high = weights_around<S>(other, to->shift[row], scale, base);
+      weights[row][run % 4] = (Floats)((Ints)low & ~set_lanes(kept[0])) + (Floats)((Ints)high & ~set_lanes(kept[1]));
+    }
+    if (run % 4 == 3)
+      for (int row = 0; row < S::kQueries; row++) sum_four(weights[row], to->sums + row * to->sum_stride + run - 3);
+    else if (run == runs - 1)
+      for (int row = 0; row < S::kQueries; row++)
+        for (int64_t i = 0; i <= run % 4; i++) to->sums[row * to->sum_stride + run - run % 4 + i] = sum_lanes(weights[row][i]);
+  }
+}
+
+// The weights of candidates that are not chosen join the sums of their runs.  Returns the sum of all runs.
+template <class S>
+float put_back(const KvcLookupQuery *query, int32_t row, int32_t shift, const int32_t *scores, const int32_t *indices, int64_t count,
+               const uint32_t *chosen, float *sums, int64_t runs) {
+  for (int64_t i = 0; i < count; i += 16) {
+    alignas(64) float weight[16];
+    uint32_t left = ~chosen[i / 32] >> i % 32 & 0xffff;
+    if (count - i < 16) left &= (1u << (count - i)) - 1;
+    if (left) store(weight, weights_around<S>(load_as<Ints>(scores + i), shift, query->scale[row], query->base[row]));
+    for (; left; left &= left - 1) {
+      const int at = __builtin_ctz(left);
+      sums[indices[i + at] / kRunTokens] += weight[at];
+    }
+  }
+  Floats total = {};
+  int64_t run = 0;
+  for (; run + 16 <= runs; run += 16) total += load(sums + run);
+  float sum = sum_lanes(total);
+  for (; run < runs; run++) sum += sums[run];
+  return sum;
 }
 
 // ---- attention over rows ----
@@ -439,6 +577,8 @@ void add_rows(const float *weights, const void *const *values, int64_t tokens, i
     for (int c = 0; c < C; c++) sum[m][c] = load(out + m * S::kValueDim + (first + c) * 16);
   for (int64_t t = 0; t < tokens; t++) {
     const typename S::Stored *value = (const typename S::Stored *)values[t] + first * 16;
+    const char *ahead = (const char *)((const typename S::Stored *)values[std::min(t + kRowsAhead / 2, tokens - 1)] + first * 16);
+    for (int64_t i = 0; i < C * 16 * (int64_t)sizeof(typename S::Stored); i += 64) __builtin_prefetch(ahead + i);
     for (int c = 0; c < C; c += kPairs ? 2 : 1) {
       const Bits lanes = load_bits(value + c * 16);
       for (int m = 0; m < M; m++) {
@@ -562,6 +702,55 @@ void add_rest(const KvcLookupQuery *query, const int32_t *top, const int32_t *sc
           state->out[row * S::kValueDim + e] += weights[row * kRunsAtOnce + r] * mean[r * S::kValueDim + e];
 }
 
+// out[m] += sum_i weights[m][i] * mean[which[i]], in vectors [first, first + C) of each value.
+template <class S, int M, int C>
+void add_some_means(const float *weights, const int8_t *mean, const int32_t *which, int64_t count, int first, float *out) {
+  Floats sum[M][C];
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) sum[m][c] = load(out + m * S::kValueDim + (first + c) * 16);
+  for (int64_t i = 0; i < count; i++)
+    for (int c = 0; c < C; c++) {
+      const Floats value = load_bytes(mean + which[i] * S::kValueDim + (first + c) * 16);
+      for (int m = 0; m < M; m++) sum[m][c] += weights[m * kRunsAtOnce + i] * value;
+    }
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) store(out + m * S::kValueDim + (first + c) * 16, sum[m][c]);
+}
+
+// The state gains at most kRunsAtOnce runs by their sums [queries][stride]; the means of those that weigh less than `least` [queries] for
+// every query are not read.
+template <class S>
+void add_runs(const float *sums, int64_t stride, const float *least, const int8_t *mean, const float *mean_scale, int64_t runs,
+              const KvcState *state) {
+  constexpr int kVectors = S::kValueDim / 16, kTail = S::kValueDim % 16;
+  constexpr int kColumns = kRegisters >= 32 ? 4 : 2, kColumnsUsed = kVectors < kColumns ? (kVectors ? kVectors : 1) : kColumns;
+  constexpr int kMeanRows = kRegisters >= 32 ? 24 / kColumnsUsed : 2;
+  alignas(64) float weights[S::kQueries * kRunsAtOnce];
+  int32_t which[kRunsAtOnce];
+  int64_t count = 0;
+  for (int64_t r = 0; r < runs; r++) {
+    bool wanted = false;
+    for (int row = 0; row < S::kQueries; row++) {
+      state->sum[row] += sums[row * stride + r];
+      wanted |= sums[row * stride + r] >= least[row];
+    }
+    if (!wanted) continue;
+    for (int64_t i = 0; i < S::kValueDim; i += 64) __builtin_prefetch(mean + r * S::kValueDim + i, 0, 2);
+    for (int row = 0; row < S::kQueries; row++) weights[row * kRunsAtOnce + count] = sums[row * stride + r] * mean_scale[r];
+    which[count++] = (int32_t)r;
+  }
+  each_columns<kVectors, kColumns>([&](auto columns, int first) {
+    each_rows<(kMeanRows < S::kQueries ? kMeanRows : S::kQueries)>(0, S::kQueries, [&](auto m, int row) {
+      add_some_means<S, m, columns>(weights + row * kRunsAtOnce, mean, which, count, first, state->out + row * S::kValueDim);
+    });
+  });
+  if constexpr (kTail > 0)
+    for (int64_t i = 0; i < count; i++)
+      for (int row = 0; row < S::kQueries; row++)
+        for (int e = S::kValueDim - kTail; e < S::kValueDim; e++)
+          state->out[row * S::kValueDim + e] += weights[row * kRunsAtOnce + i] * mean[which[i] * S::kValueDim + e];
+}
+
 // The largest score of keys that are not chosen, for queries that share the bits; kNothing where all are.
 template <class S>
 void find_tops(const int32_t *scores, const uint32_t *chosen, int64_t runs, int32_t *top) {
@@ -579,9 +768,27 @@ void find_tops(const int32_t *scores, const uint32_t *chosen, int64_t runs, int3
 template <class S>
 constexpr KvcLookupKernel lookup_kernel(uint64_t key) {
   return {
-      key,           S::kHeadDim,      S::kValueDim,   S::kQueries,    sizeof(typename S::Query), sizeof(typename S::Stored),
-      append_row<S>, prepare_query<S>, scan_sketch<S>, sum_weights<S>, share_weights<S>,          choose_largest,
-      find_tops<S>,  attend_rows<S>,   add_rest<S>,    logit_of<S>,
+      key,
+      S::kHeadDim,
+      S::kValueDim,
+      S::kQueries,
+      sizeof(typename S::Query),
+      sizeof(typename S::Stored),
+      append_row<S>,
+      prepare_query<S>,
+      scan_sketch<S>,
+      sum_weights<S>,
+      share_weights<S>,
+      choose_largest,
+      find_tops<S>,
+      attend_rows<S>,
+      add_rest<S>,
+      logit_of<S>,
+      find_threshold,
+      sift_runs<S>,
+      pick_largest,
+      put_back<S>,
+      add_runs<S>,
   };
 }
 

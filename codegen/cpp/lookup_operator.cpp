@@ -3,8 +3,13 @@
 //
 // The work is cut into phases, and each phase into pieces whose borders depend on a session's own length only; the states of pieces are
 // merged in their order.  So which thread does what changes no bit.
+//
+// Where every query head chooses for itself, many keys are sifted: a sample of them tells from which score on a key may be chosen, and the
+// scan keeps only such candidates and sums over runs of the others.  Where that does not work out the scores of all keys are written, as
+// for a few keys and for heads that choose together.
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -24,6 +29,14 @@ constexpr int64_t kSketchWords = 8, kSketchPartWords = 5;
 
 constexpr int64_t kScanTokens = kScanBlocks * kBlockTokens;
 constexpr int64_t kInlineKeys = 4096;  // a call over so few keys is done by the calling thread
+
+constexpr int64_t kSiftedTokens = 4096, kSiftedShare = 8;  // sifted: so many keys or more, of which at most 1 / kSiftedShare are chosen
+constexpr int64_t kSampled = 24;                           // of the keys that a head chooses, a sample has about so many
+constexpr int64_t kSampledTokens = 1024;                   // at least; at most 1 / kSiftedShare of all
+constexpr int64_t kSampledAhead = 16;                      // blocks of a sample that are asked for before they are read
+constexpr int64_t kListRoom = kScanTokens + kBlockTokens;  // of a chunk's candidates
+constexpr float kLargestAbove = 60;                        // a logit further above the shift would not do for sums in float32
+constexpr float kLost = 1.49e-8f;                          // 2^-26: so small a share of a sum is lost in its rounding
 
 int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -73,6 +86,18 @@ struct Group {
 
   bool finds() const { return sketch && k < sketch[3]; }
   bool shares() const { return select != kPerQueryHead; }
+  bool sifts() const {
+    return finds() && (select == kPerQueryHead || select == kUnion) && sketch[3] >= kSiftedTokens && k * kSiftedShare <= sketch[3];
+  }
+  int64_t sample_blocks() const {
+    return std::min(std::max(kSampled * sketch[3] / k, kSampledTokens), sketch[3] / kSiftedShare) / kBlockTokens;
+  }
+  // From the rank of a sample's score on: the k-th best of all lies below it by chance as good as never.
+  int64_t sample_rank() const {
+    const int64_t tokens = sample_blocks() * kBlockTokens;
+    const double expected = double(k) * tokens / sketch[3];
+    return std::min(int64_t(expected + 6 * std::sqrt(expected) + 4), tokens);
+  }
   int64_t found_tokens() const { return finds() ? sketch[3] : 0; }
   int64_t window_tokens() const { return before + 1 - found_tokens(); }
   int64_t window_position(int64_t i) const { return finds() && i >= sketch[0] ? i + sketch[3] : i; }
@@ -101,6 +126,11 @@ struct Head {
   int32_t *found;               // [lists][list_room]: positions
   int64_t *counts;              // [lists]
   float *state;                 // what the pieces are merged into
+  bool sifted;                  // the rest holds, and no scores of all keys are there
+  int32_t *threshold, *shift;   // [queries]
+  int32_t *candidates;          // [chunks][1 + queries][kListRoom]: rows, scores
+  int64_t *candidate_counts;    // [chunks]
+  float *run_sums, *least;      // [queries][words], [queries]: what `sift` sums, and what of it matters
 };
 
 // Where tokens of one head lie.
@@ -133,6 +163,27 @@ struct Call {
   int64_t query_heads;
 };
 
+// Thresholds and shifts from a sample, the same blocks whatever the query.
+void look_ahead(const Head &head) {
+  const Group &group = *head.group;
+  const KvcLookupKernel &kernel = *group.kernel;
+  const int64_t queries = kernel.queries_per_kv, blocks = group.blocks(), sampled = group.sample_blocks();
+  int32_t *const scores = head.candidates, *const tops = scores + sampled * queries * 16;
+  const KvcSketchRows *rows = head.rows.data();
+  const uint8_t *codes[kSampledAhead];  // of the blocks that come next
+  for (int64_t i = 0, first = 0; i < sampled + kSampledAhead; i++) {
+    if (i >= kSampledAhead)
+      kernel.scan(&head.query, &head.sketch, codes[i % kSampledAhead], 0, 1, scores + (i - kSampledAhead) * queries * 16, tops);
+    if (i >= sampled) continue;
+    const int64_t block = i * blocks / sampled, bytes = head.sketch.units * 64;
+    for (; block - first >= rows->tokens / kBlockTokens; rows++) first += rows->tokens / kBlockTokens;
+    codes[i % kSampledAhead] = rows->codes + (block - first) * bytes;
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(codes[i % kSampledAhead] + byte);
+  }
+  for (int64_t q = 0; q < queries; q++)
+    head.threshold[q] = kernel.find_threshold(scores + q * 16, sampled, queries * 16, group.sample_rank(), head.shift + q);
+}
+
 // The new token joins the store; its queries become what the kernel's functions want.
 void prepare(const Call &call, Head &head) {
   const Group &group = *head.group;
@@ -145,6 +196,7 @@ void prepare(const Call &call, Head &head) {
                 const_cast<void *>(value));
   kernel.prepare(call.query + (group.start * call.query_token + kv_head * kernel.queries_per_kv * call.query_head) * kernel.query_bytes,
                  call.query_head, group.finds() ? &head.sketch : nullptr, &head.query);
+  if (group.sifts()) look_ahead(head);
 }
 
 // Calls f(rows of one part, first block in it, first block of all, blocks) for the blocks of a chunk.
@@ -168,6 +220,66 @@ void scan(const Head &head, int64_t chunk) {
     kernel.scan(&head.query, &head.sketch, rows.codes + block * head.sketch.units * 64, all % kScanBlocks, blocks,
                 head.scores + all * queries * 16, tops);
   });
+}
+
+void sift(const Head &head, int64_t chunk) {
+  const Group &group = *head.group;
+  int32_t *const list = head.candidates + chunk * (1 + group.kernel->queries_per_kv) * kListRoom;
+  KvcSifted sifted = {head.threshold, head.shift, kListRoom, list, list + kListRoom, 0, nullptr, group.words()};
+  each_part(head, chunk, [&](const KvcSketchRows &rows, int64_t block, int64_t all, int64_t blocks) {
+    if (group.tail) sifted.sums = head.run_sums + all / 2;
+    group.kernel->sift(&head.query, &head.sketch, rows.codes + block * head.sketch.units * 64, all * kBlockTokens, blocks / 2, &sifted);
+  });
+  head.candidate_counts[chunk] = sifted.count;
+}
+
+// Chooses among the candidates; those that are not chosen join the sums.  Leaves `sifted` false where there are too few, or where a sum
+// may be too large.
+void pick(Head &head) {
+  static thread_local std::vector<int32_t> indices, scores;
+  static thread_local std::vector<uint32_t> chosen;
+  const Group &group = *head.group;
+  const KvcLookupKernel &kernel = *group.kernel;
+  const int64_t queries = kernel.queries_per_kv,
+                count = std::accumulate(head.candidate_counts, head.candidate_counts + group.chunks(), int64_t(0));
+  const int64_t words = pieces_of(count, 32), room = words * 32;
+  head.sifted = false;
+  indices.resize(room), scores.resize(queries * room), chosen.resize(queries * words);
+  for (int64_t q = -1; q < queries; q++) {
+    int32_t *to = q < 0 ? indices.data() : scores.data() + q * room;
+    for (int64_t chunk = 0; chunk < group.chunks(); chunk++) {
+      const int32_t *from = head.candidates + (chunk * (1 + queries) + 1 + q) * kListRoom;
+      to = std::copy(from, from + head.candidate_counts[chunk], to);
+    }
+    std::fill(to, to + room - count, INT32_MIN);
+  }
+  for (int64_t q = 0; q < queries; q++) {
+    const int32_t largest = kernel.pick(scores.data() + q * room, indices.data(), room / 16, group.k, head.threshold[q], head.rows.data(),
+                                        chosen.data() + q * words);
+    const float scale = head.query.scale[q], base = head.query.base[q];
+    if (largest == INT32_MIN || kernel.logit(largest, scale, base) - kernel.logit(head.shift[q], scale, base) > kLargestAbove) return;
+  }
+  if (group.shares())
+    for (int64_t q = 1; q < queries; q++)
+      for (int64_t w = 0; w < words; w++) chosen[w] |= chosen[q * words + w];
+  for (int64_t list = 0; list < group.lists(); list++) {
+    int32_t *const begin = head.found + list * group.list_room(), *to = begin;
+    const KvcSketchRows *rows = head.rows.data();
+    int64_t first = 0;
+    for (int64_t w = 0; w < words; w++)
+      for (uint32_t left = chosen[list * words + w]; left; left &= left - 1) {
+        const int64_t index = indices[w * 32 + __builtin_ctz(left)];
+        for (; index - first >= rows->tokens; rows++) first += rows->tokens;
+        *to++ = rows->position[index - first];
+      }
+    head.counts[list] = to - begin;
+  }
+  for (int64_t q = 0; q < (group.tail ? queries : 0); q++) {
+    const float sum = kernel.put_back(&head.query, q, head.shift[q], scores.data() + q * room, indices.data(), count,
+                                      chosen.data() + (group.shares() ? 0 : q * words), head.run_sums + q * group.words(), group.words());
+    head.least[q] = sum * kLost / group.words();
+  }
+  head.sifted = true;
 }
 
 void weigh(const Head &head, int64_t chunk) {
@@ -247,11 +359,15 @@ void rest(const Head &head, int64_t chunk, float *memory) {
   std::fill(memory, memory + group.state_floats(), 0.0f);
   const KvcState state = state_at(memory, queries, kernel.value_dim);
   each_part(head, chunk, [&](const KvcSketchRows &rows, int64_t block, int64_t all, int64_t blocks) {
+    const int8_t *mean = rows.mean + block / 2 * kernel.value_dim;
+    const float *mean_scale = rows.mean_scale + block / 2;
+    if (head.sifted) return kernel.add_runs(head.run_sums + all / 2, group.words(), head.least, mean, mean_scale, blocks / 2, &state);
     kernel.add_rest(&head.query, head.top, head.scores + all * queries * 16, head.chosen + all / 2, group.shares() ? 0 : group.words(),
-                    rows.mean + block / 2 * kernel.value_dim, rows.mean_scale + block / 2, blocks / 2, &state);
+                    mean, mean_scale, blocks / 2, &state);
   });
+  const int32_t *const top = head.sifted ? head.shift : head.top;
   for (int64_t q = 0; q < queries; q++)
-    state.maximum[q] = state.sum[q] == 0 ? -INFINITY : kernel.logit(head.top[q], head.query.scale[q], head.query.base[q]) + head.bias;
+    state.maximum[q] = state.sum[q] == 0 ? -INFINITY : kernel.logit(top[q], head.query.scale[q], head.query.base[q]) + head.bias;
 }
 
 // A piece of the last phase, and which queries its state is of.
@@ -274,7 +390,14 @@ void make_room(Scratch &scratch, Head &head) {
   head.query.start = scratch.take<int32_t>(queries);
   head.query.scale = scratch.take<float>(queries);
   head.query.base = scratch.take<float>(queries);
-  head.scores = scratch.take<int32_t>(group.blocks() * queries * 16);
+  const int64_t list_numbers = group.chunks() * (1 + queries) * kListRoom;
+  head.scores = scratch.take<int32_t>(std::max(group.blocks() * queries * 16, group.sifts() ? list_numbers : 0));
+  if (group.sifts()) {
+    head.candidates = head.scores;  // they are given up before scores are written
+    head.candidate_counts = scratch.take<int64_t>(group.chunks());
+    head.threshold = scratch.take<int32_t>(queries), head.shift = scratch.take<int32_t>(queries);
+    head.run_sums = scratch.take<float>(queries * group.words()), head.least = scratch.take<float>(queries);
+  }
   head.tops = scratch.take<int32_t>(group.top_vectors() * queries * 16);
   if (group.select == kSum || group.select == kMax) {
     head.ranks = scratch.take<int32_t>(group.blocks() * 16);
@@ -333,7 +456,16 @@ void run(const Call &call, const std::vector<Group> &groups) {
 
   for (Head &head : heads) pieces.push_back({&head, 0, 0, 0, nullptr});
   phase([&](const Piece &piece) { prepare(call, const_cast<Head &>(*piece.head)); });
-  for (const Head &head : heads) add_chunks(head);
+  for (const Head &head : heads)
+    if (head.group->sifts()) add_chunks(head);
+  if (!pieces.empty()) {
+    phase([](const Piece &piece) { sift(*piece.head, piece.first); });
+    for (const Head &head : heads)
+      if (head.group->sifts()) pieces.push_back({&head, 0, 0, 0, nullptr});
+    phase([](const Piece &piece) { pick(const_cast<Head &>(*piece.head)); });
+  }
+  for (const Head &head : heads)
+    if (!head.sifted) add_chunks(head);
   phase([](const Piece &piece) { scan(*piece.head, piece.first); });
   if (std::any_of(heads.begin(), heads.end(), shares_weights)) {
     for (const Head &head : heads)
@@ -344,11 +476,12 @@ void run(const Call &call, const std::vector<Group> &groups) {
     phase([](const Piece &piece) { share(*piece.head, piece.first); });
   }
   for (const Head &head : heads)
-    for (int64_t q = 0; q < (!head.group->finds() ? 0 : shares_weights(head) ? 1 : head.group->kernel->queries_per_kv); q++)
+    for (int64_t q = 0; q < (!head.group->finds() || head.sifted ? 0 : shares_weights(head) ? 1 : head.group->kernel->queries_per_kv); q++)
       pieces.push_back({&head, q, 0, 0, nullptr});
   phase([](const Piece &piece) { choose(*piece.head, piece.kind); });
   for (const Head &head : heads)
-    for (int64_t list = 0; list < (head.group->finds() ? head.group->lists() : 0); list++) pieces.push_back({&head, list, 0, 0, nullptr});
+    for (int64_t list = 0; list < (head.group->finds() && !head.sifted ? head.group->lists() : 0); list++)
+      pieces.push_back({&head, list, 0, 0, nullptr});
   phase([](const Piece &piece) { collect(*piece.head, piece.kind); });
 
   const auto add_pieces = [&](const Head &head, int64_t kind, int64_t tokens) {

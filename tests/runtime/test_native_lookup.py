@@ -96,6 +96,16 @@ def test_of_equal_keys_the_earlier_ones_are_chosen(kernels: Kernels, select: Sel
     assert_right(look_up([reader], kernels(machine_isa()), 70, select, tail=False)[0], right(reader, 70, select, False))
 
 
+@pytest.mark.parametrize("select", ["per_query_head", "union"])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["bf16", "capped"])
+def test_sifted_keys_are_the_oracles(kernels: Kernels, name: str, isa: Isa, select: Select) -> None:
+    """So many keys that a sample tells which are candidates; of equal keys every one is, and the earlier ones are chosen."""
+    for k, tail, same_keys in ((1, True, False), (40, True, False), (300, False, False), (70, False, True)):
+        reader = Reader(SITES[name], 4608, 96, same_keys=same_keys)
+        assert_right(look_up([reader], kernels(isa), k, select, tail)[0], right(reader, k, select, tail))
+
+
 @pytest.mark.parametrize("forked_at", [1, FIRST + 100, FIRST + 512 + WINDOW])
 def test_a_fork_reads_what_its_parent_keeps(kernels: Kernels, forked_at: int) -> None:
     whole, forked = Reader(SITES["bf16"], 512), Reader(SITES["bf16"], 512, forked_at=forked_at)
