@@ -17,7 +17,7 @@ PYTHON      ?= python3
 TORCH       ?= torch>=2.11,<2.14
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
-# two processes share the work by files: 17 minutes on two busy cores where one process took 24
+# two processes share the work by files: 3,300 tests took 17 minutes on two cores with other work beside, 24 as one process
 IN_TWO      := -n 2 --dist loadfile
 
 BIN   := .venv/bin

@@ -36,9 +36,7 @@ def can_compile(toolchain: Toolchain) -> str | None:
     return None
 
 
-def compile_segment(
-    segment: torch.fx.GraphModule, path: Path, toolchain: Toolchain, threads: int | None = None
-) -> SegmentDescription:
+def compile_segment(segment: torch.fx.GraphModule, path: Path, toolchain: Toolchain, threads: int | None = None) -> SegmentDescription:
     """Compiles a segment that `outline_segments` made into the package `path` (*.pt2); takes 6 to 15 s.
 
     threads: that the binary's own loops run on, fixed in the binary (None: `torch.get_num_threads()`).
