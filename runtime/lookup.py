@@ -65,7 +65,7 @@ class LookupStore:
         self.index: KeyIndex | None = None
         self.sample = QuerySample(rows.kv_heads, rows.head_dim)
         self._made_at = self._made_end = 0
-        self._words: tuple[SketchIndex, object, object, Tensor] | None = None  # of which index, basis and parts
+        self._words: tuple[SketchIndex, object, object, Tensor] | None = None  # of which index, parts and centres
 
     @property
     def tokens(self) -> int:
@@ -114,8 +114,8 @@ class LookupStore:
             return 0
         assert isinstance(index, SketchIndex)
         words = self._words
-        if words is None or words[0] is not index or words[1] is not index.basis or words[2] is not index.parts:
-            words = self._words = (index, index.basis, index.parts, sketch_words(index))
+        if words is None or words[0] is not index or words[1] is not index.parts or words[2] is not index.centres:
+            words = self._words = (index, index.parts, index.centres, sketch_words(index))
         return words[3].data_ptr()
 
     def _still_fits(self, index: KeyIndex) -> bool:
@@ -125,8 +125,8 @@ class LookupStore:
 
     def _built(self, first: int, end: int) -> KeyIndex:
         keys, values = _joined(self.rows.spans_between(first, end))
-        sample = self.sample
-        prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), self.queries_per_kv, self.soft_cap)
+        sample, k = self.sample, self.zone.tokens(self.tokens)
+        prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), self.queries_per_kv, k, self.soft_cap)
         self._made_at, self._made_end = self.tokens, end
         index = index_kind(self.zone.index).build(first, prompt, dict(self.zone.options))
         for note in index.notes:
@@ -208,9 +208,10 @@ def attend_found(store: LookupStore, query_HG1D: Tensor, index: KeyIndex, found:
     scaled_HGD = query_HG1D.squeeze(2).float() * store.scale
     spans = [*store.rows.spans_between(0, index.first), *store.rows.spans_between(index.end, store.tokens)]
     window = attend_spans(query_HG1D.float(), spans, last, sink_tokens=0, recent_tokens=None, scale=store.scale, soft_cap=store.soft_cap)
-    states = [window, _with_token(attend_chosen(store, scaled_HGD, found.position_HGK))]
+    chosen = attend_chosen(store, scaled_HGD, found.position_HGK)
+    states = [window, _with_token(chosen)]
     if store.zone.tail:
-        rest = index.rest(scaled_HGD, found)
+        rest = index.rest(scaled_HGD, found, chosen.lse)
         assert rest is not None, f"the index {store.zone.index} does not estimate"
         states.append(_with_token(rest))
     return merge_all(states)

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcompile.ir.policy import Select
 from kvcompile.runtime.indexes.index import KeyIndex
 from kvcompile.runtime.indexes.sketch import SketchIndex
+from kvcompile.runtime.indexes.sketch_gaps import near_runs
 
 if TYPE_CHECKING:
     from kvcompile.runtime.lookup import LookupStore
@@ -43,16 +44,18 @@ SELECTS: dict[Select, int] = {"per_query_head": 0, "union": 1, "sum": 2, "max": 
 
 
 def sketch_words(index: SketchIndex) -> Tensor:
-    """Where the sketch lies, int64: good as long as the index has the same basis and parts, which must be kept alive.
+    """Where the sketch lies, int64: good as long as the index has the same basis, parts and centres, which must be kept alive.
 
-    First position, parts, units, tokens in all, addresses of centre, map, fine and bias; and of each part its tokens and the addresses of
-    codes, position, mean and mean_scale.
+    SketchWord in codegen/cpp/lookup_head.h names them; behind them, of each part, its tokens and the addresses of codes, position, mean and
+    mean_scale.
     """
-    basis = index.basis
-    addresses = [_address(each) for each in (basis.centre_HD, basis.query_HDC, basis.fine_H, basis.bias_H)]
-    words = [index.first, len(index.parts), basis.units, index.end - index.first, *addresses]
+    basis, centres, rows = index.basis, index.centres, index.parts[0]
+    looked = near_runs(rows.runs, index.scanned, 0)
+    words = [index.first, len(index.parts), index.end - index.first, basis.units, basis.run_units, basis.key_HDC.shape[2], looked]
+    lie = (basis.centre_HD, basis.query_HXC2, basis.step_HS, basis.fine_H, basis.run_step_HS, index.gaps_HN)
+    words += [_address(each) for each in (*lie, centres.codes_HSUB, centres.bias_HR, centres.mean_HSE, centres.mean_scale_HS)]
     for part in index.parts:
-        words += [part.tokens, *(_address(each) for each in (part.codes_HNUB, part.position_HT, part.mean_HBE, part.mean_scale_HB))]
+        words += [part.tokens, *(_address(each) for each in (part.codes_HNUB, part.position_HT, part.mean_HRE, part.mean_scale_HR))]
     return torch.tensor(words, dtype=torch.int64)
 
 

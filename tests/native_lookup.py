@@ -10,23 +10,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcompile.ir.indexes import SKETCH
 from kvcompile.ir.policy import Select
 from kvcompile.ir.request import LookupRequest
 from kvcompile.runtime import reference
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.indexes.index import Prompt, RecentQueries
-from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.indexes.sketch import SketchIndex, build_sketch
 from kvcompile.runtime.merge import AttentionState
 from kvcompile.runtime.native import NativeKernels
 from kvcompile.runtime.native_lookup import SELECTS, Column, lookup_native, sketch_words
 
 FIRST, WINDOW = 5, 37  # exact tokens before what the sketch covers, and behind it
+K = 24  # keys that the sketch is made for
 
 
 @dataclass(frozen=True)
 class Site:
-    """What one kernel is made for, and the units of its sketches.  Its scale is large: few keys have most of the weight."""
+    """What one kernel is made for, the units of its sketches, and the share of keys that is looked at.  Its scale is large: few keys have most of the weight."""
 
     head_dim: int
     value_dim: int
@@ -36,6 +37,7 @@ class Site:
     units: int
     soft_cap: float | None = None
     kv_heads: int = 2
+    scanned: float = 0.25
 
     @property
     def request(self) -> LookupRequest:
@@ -46,12 +48,13 @@ class Site:
 SITES = {
     "plain": Site(64, 64, 3, "float32", "float32", 2),
     "bf16": Site(64, 64, 3, "bfloat16", "bfloat16", 2, kv_heads=3),
-    "tails": Site(80, 40, 1, "float32", "bfloat16", 3),
+    "tails": Site(80, 40, 1, "float32", "bfloat16", 3, scanned=0.6),
     "odd": Site(15, 17, 1, "float32", "float32", 1),
     "capped": Site(96, 96, 4, "float32", "float32", 3, soft_cap=8.0),
     "wide": Site(128, 64, 8, "bfloat16", "bfloat16", 4),
     "widest": Site(256, 256, 4, "float32", "bfloat16", 8, kv_heads=1),
     "many": Site(32, 32, 19, "float32", "float32", 5, kv_heads=1),
+    "all": Site(64, 64, 3, "float32", "float32", 2, scanned=1.0),
 }
 
 
@@ -92,9 +95,9 @@ class Reader:
         made = FIRST + tokens - added
         recent = RecentQueries(past_HCD, torch.arange(50) + made)
         prompt = Prompt(
-            self.key_HTD[:, FIRST:made], self.value_HTE[:, FIRST:made], gram_HDD, 50, recent, site.queries_per_kv, site.soft_cap
+            self.key_HTD[:, FIRST:made], self.value_HTE[:, FIRST:made], gram_HDD, 50, recent, site.queries_per_kv, K, site.soft_cap
         )
-        self.index = build_sketch(FIRST, prompt, site.units)
+        self.index = build_sketch(FIRST, prompt, site.units, SKETCH.run_units(dim), site.scanned)
         if added:
             self.index.add(self.key_HTD[:, made : FIRST + tokens], self.value_HTE[:, made : FIRST + tokens])
 
@@ -141,39 +144,31 @@ def look_up(
 
 
 def right(reader: Reader, k: int, select: Select, tail: bool, learnt_sinks: bool = False, sketched: bool = True) -> Tensor:
-    """The oracle, float64 [H, G, E]: one softmax over the window, the chosen keys and, with `tail`, guesses of the others."""
+    """The oracle, float64 [H, G, E]: one softmax over the window and the chosen keys, merged with the estimate of the others that the
+    torch version makes (tests/runtime/test_indexes.py holds it against its definition)."""
     site, index = reader.site, reader.index
-    scale = site.request.scale
     store_dtype = getattr(torch, site.store_dtype)
     key_HTD, value_HTE = reader.key_HTD.to(store_dtype).double(), reader.value_HTE.to(store_dtype).double()
-    logit_HGT = reader.query_HGD.double() @ key_HTD.transpose(1, 2) * scale
+    logit_HGT = reader.query_HGD.double() @ key_HTD.transpose(1, 2) * site.request.scale
     if site.soft_cap is not None:
         logit_HGT = site.soft_cap * torch.tanh(logit_HGT / site.soft_cap)
-    covered = slice(index.first, index.end)
-    value_HGTE = value_HTE[:, None].repeat(1, site.queries_per_kv, 1, 1)
+    seen_HGT = torch.ones_like(logit_HGT, dtype=torch.bool)
+    states = []
     if sketched:
-        guess_HGT = index.scores(reader.query_HGD.float() * scale)
-        place_HGK = select_keys(guess_HGT, k, select)
-        place_HGK = torch.where(place_HGK >= 0, place_HGK, place_HGK[..., :1])
-        chosen_HGT = torch.zeros(guess_HGT.shape, dtype=torch.bool).scatter_(2, place_HGK, True)
-        guess_HGT = guess_HGT.double() + index.basis.bias_H.double()[:, None, None]
-        if not tail:
-            guess_HGT.fill_(-torch.inf)
-        logit_HGT[..., covered] = torch.where(chosen_HGT, logit_HGT[..., covered], guess_HGT)
-        value_HGTE[:, :, covered] = torch.where(chosen_HGT[..., None], value_HGTE[:, :, covered], mean_values(index)[:, None])
-    weight_HGT = torch.softmax(logit_HGT, 2)
-    state = AttentionState((weight_HGT[..., None] * value_HGTE).sum(2)[:, :, None], logit_HGT.logsumexp(2)[..., None])
+        query_HGD = reader.query_HGD.float() * site.request.scale
+        found = index.search(query_HGD, k, select, lambda first, end: ())
+        chosen_HGT = torch.zeros_like(seen_HGT)
+        chosen_HGT.scatter_(2, torch.where(found.position_HGK >= 0, found.position_HGK, found.position_HGK[..., :1]), True)
+        if tail:
+            rest = index.rest(query_HGD, found, logit_HGT.masked_fill(~chosen_HGT, -torch.inf).logsumexp(2).float())
+            states.append(AttentionState(rest.out.double()[:, :, None], rest.lse.double()[..., None]))
+        seen_HGT[..., index.first : index.end] = chosen_HGT[..., index.first : index.end]
+    logit_HGT = logit_HGT.masked_fill(~seen_HGT, -torch.inf)
+    out_HGE = torch.softmax(logit_HGT, 2) @ value_HTE
+    state = reference.merge([*states, AttentionState(out_HGE[:, :, None], logit_HGT.logsumexp(2)[..., None])])
     if learnt_sinks:
         state = reference.apply_learnt_sinks(state, reader.sinks_HG)
     return state.out[:, :, 0]
-
-
-def mean_values(index: SketchIndex) -> Tensor:
-    """Of each key the mean value of its run, float64 [H, T, E] in the order of positions."""
-    mean_HBE = torch.cat([part.mean_HBE.double() * part.mean_scale_HB.double()[..., None] for part in index.parts], 1)
-    place_HT = torch.cat([part.position_HT for part in index.parts], 1).long() - index.first
-    mean_HTE = mean_HBE.repeat_interleave(32, 1)
-    return torch.empty_like(mean_HTE).scatter_(1, place_HT[..., None].expand_as(mean_HTE), mean_HTE)
 
 
 def assert_right(out_HGE: Tensor, right_HGE: Tensor) -> None:

@@ -61,70 +61,91 @@ struct KvcAttendKernel {
   int32_t bits;  // of one number in a quantised store, whose scales and exact numbers have store_bytes; 0: of none
 };
 
-// A sketch of the keys of one KV head (runtime/indexes/sketch.py, codegen/cpp/lookup.h).
-constexpr int64_t kRunTokens = 32;    // keys that share a mean value
-constexpr int64_t kScanBlocks = 256;  // blocks of 16 keys that are scanned at once: a chunk of the sketch
-constexpr int64_t kTops = 16;         // of a chunk: every kTops-th block shares its largest scores
-constexpr int64_t kRunsAtOnce = kScanBlocks * kBlockTokens / kRunTokens;
-constexpr int64_t kMaxUnits = 64;  // units of 4 bytes of a key
-struct KvcSketch {
-  const float *centre;  // [head_dim]
-  const float *map;     // [head_dim][units * 16]: from a query to its coordinates
+// A sketch of the keys of one KV head (runtime/indexes/sketch.py).
+constexpr int64_t kRunTokens = 32;    // keys that share a centre and a mean value
+constexpr int64_t kScanRuns = 128;    // runs that are scanned at once: a chunk
+constexpr int64_t kTops = 16;         // of a chunk: every kTops-th block of 16 keys shares its largest scores
+constexpr int64_t kRunsAtOnce = 128;  // runs whose means are added at once
+constexpr int64_t kMaxUnits = 64;     // units of 4 bytes of a key
+struct KvcCodes {
+  const float *step;    // [units][16]
   int64_t units, fine;  // fine: so many units, the first ones, hold 4 bits a coordinate, the others 2
 };
-struct KvcSketchRows {
-  int64_t tokens;           // a multiple of kRunTokens
-  const uint8_t *codes;     // [tokens / 16][units][64]
-  const int32_t *position;  // [tokens]
-  const int8_t *mean;       // [tokens / kRunTokens][value_dim]
-  const float *mean_scale;  // [tokens / kRunTokens]
+struct KvcSketch {
+  const float *centre;     // [head_dim]
+  const void *map;         // bfloat16 [(head_dim + 1) / 2][coordinates][2]: from a query to its coordinates
+  int64_t coordinates;     // a multiple of 16
+  KvcCodes keys, centres;  // centres: of runs, 16 runs a block
+};
+struct KvcRun {
+  const uint8_t *codes;     // [2][units][64]
+  const int32_t *position;  // [kRunTokens]
+  const int8_t *mean;       // [value_dim]
+  float mean_scale;
+  int32_t low;  // whether it is one of those that tell how much runs weigh whose keys are not looked at
 };
 
-// The queries of one KV head and one new token, made by `prepare`.
+// One token's queries of a KV head, as codes are multiplied with them: logit = scale * (start + whole . code) + base.
+struct KvcCodedQuery {
+  int8_t *whole;   // [queries][units][16]
+  int32_t *start;  // [queries]
+  float *scale, *base;
+};
 struct KvcLookupQuery {
-  float *query;         // [queries][head_dim], in the order in which `attend` reads a key
-  int8_t *whole;        // [queries][units][16]: coordinates
-  int32_t *start;       // [queries]: what a score begins with
-  float *scale, *base;  // [queries]: logit = scale * score + base
+  float *query;  // [queries][head_dim], in the order in which `attend` reads a key
+  KvcCodedQuery keys, centres;
 };
 
-// What a scan keeps where it writes no scores: keys that may be chosen, and of each run of 32 what the others weigh.
+// What a query learns of runs from their centres, 16 runs a vector: which it looks at, and what the others weigh.
+struct KvcRanked {
+  float *logits;                 // [queries][vectors][16]: of each run as a whole
+  int32_t *ranks;                // [vectors][16]
+  uint32_t *near, *low;          // [vectors]: bits of runs that are looked at, and of the lowest of these
+  float *far_sums;               // [queries][vectors]: exp(logit - far_top) of the runs that are not looked at
+  float *far_top, *low_log_sum;  // [queries]; -inf of none
+};
+
+// What a scan keeps where it writes no scores: keys that may be chosen, and of each run what the others weigh.
 struct KvcSifted {
   const int32_t *threshold, *shift;  // [queries]: a key whose score reaches one query's threshold is a candidate
   int64_t room;                      // of the lists; lists are written 16 numbers at a time
-  int32_t *rows, *scores;            // [room], [queries][room]: of candidates, in the order of the sketch
+  int32_t *rows, *scores;            // [room], [queries][room]: of candidates, in the order of the runs
   int64_t count;                     // of candidates so far
   float *sums;                       // [queries][sum_stride]: exp(logit - logit of `shift`) of a run's other keys; null: not wanted
   int64_t sum_stride;
 };
 
-// Scores are [blocks][queries][16], the bits of chosen keys words of 32; lookup.h says what each function does.
+// exp(logit - logit of a shift), summed over the keys that are not chosen, over those that are, and over all of low runs.
+struct KvcWeights {
+  float rest, read, low;
+};
+
+// Scores are [blocks][queries][16], two blocks a run; the bits of chosen keys are a word a run; sketch_*.h say what each function does.
 struct KvcLookupKernel {
   uint64_t key;
   int32_t head_dim, value_dim, queries_per_kv;
   int32_t query_bytes, store_bytes;  // of one number
   void (*append)(const void *key, const void *value, void *key_row, void *value_row);
   void (*prepare)(const void *query, int64_t head_stride, const KvcSketch *, const KvcLookupQuery *);
-  void (*scan)(const KvcLookupQuery *, const KvcSketch *, const uint8_t *codes, int64_t first, int64_t blocks, int32_t *scores,
-               int32_t *tops);
+  void (*rank)(const KvcLookupQuery *, const KvcSketch *, const uint8_t *codes, const float *bias, int64_t runs, int64_t near, int64_t low,
+               const KvcRanked *);
+  void (*scan)(const KvcLookupQuery *, const KvcSketch *, const KvcRun *, int64_t first, int64_t count, int32_t *scores, int32_t *tops);
   void (*weigh)(const KvcLookupQuery *, const int32_t *scores, int64_t blocks, float *maximum, float *sum);
   void (*share)(const KvcLookupQuery *, const float *log_sum, int32_t by_sum, const int32_t *scores, int64_t first, int64_t blocks,
                 int32_t *ranks, int32_t *tops);
   int32_t (*choose)(const int32_t *numbers, int64_t vectors, const int32_t *tops, int64_t top_vectors, int64_t stride, int64_t k,
-                    const KvcSketchRows *, uint32_t *chosen);
-  void (*find_tops)(const int32_t *scores, const uint32_t *chosen, int64_t runs, int32_t *top);
+                    const KvcRun *, uint32_t *chosen);
+  KvcWeights (*sum_runs)(const KvcLookupQuery *, int32_t row, int32_t shift, const int32_t *scores, const uint32_t *chosen, const KvcRun *,
+                         int64_t count, float *sums);
   void (*attend)(const float *query, int32_t queries, const void *const *keys, const void *const *values, int64_t tokens, const KvcState *);
-  void (*add_rest)(const KvcLookupQuery *, const int32_t *top, const int32_t *scores, const uint32_t *chosen, int64_t chosen_stride,
-                   const int8_t *mean, const float *mean_scale, int64_t runs, const KvcState *);
   float (*logit)(int32_t score, float scale, float base);
   int32_t (*find_threshold)(const int32_t *scores, int64_t vectors, int64_t stride, int64_t rank, int32_t *largest);
-  void (*sift)(const KvcLookupQuery *, const KvcSketch *, const uint8_t *codes, int64_t first, int64_t runs, KvcSifted *);
-  int32_t (*pick)(const int32_t *scores, const int32_t *indices, int64_t vectors, int64_t k, int32_t threshold, const KvcSketchRows *,
+  void (*sift)(const KvcLookupQuery *, const KvcSketch *, const KvcRun *, int64_t first, int64_t count, KvcSifted *);
+  int32_t (*pick)(const int32_t *scores, const int32_t *indices, int64_t vectors, int64_t k, int32_t threshold, const KvcRun *,
                   uint32_t *chosen);
-  float (*put_back)(const KvcLookupQuery *, int32_t row, int32_t shift, const int32_t *scores, const int32_t *indices, int64_t count,
-                    const uint32_t *chosen, float *sums, int64_t runs);
-  void (*add_runs)(const float *sums, int64_t stride, const float *least, const int8_t *mean, const float *mean_scale, int64_t runs,
-                   const KvcState *);
+  KvcWeights (*put_back)(const KvcLookupQuery *, int32_t row, int32_t shift, const int32_t *scores, const int32_t *indices, int64_t count,
+                         const uint32_t *chosen, const KvcRun *, int64_t runs, float *sums);
+  void (*add_runs)(const float *sums, int64_t stride, const float *least, const KvcRun *, int64_t count, const KvcState *);
 };
 
 // Rows [first, last) of a linear layer for a few tokens: y[m][o] = sum_i x[m][i] * w[o][i] + bias[o].
@@ -137,7 +158,7 @@ struct KvcLinearKernel {
 };
 
 // What a shared object of kernels holds; its symbol `kvc_kernels` returns it.
-constexpr int64_t kKernelVersion = 4;
+constexpr int64_t kKernelVersion = 5;
 struct KvcKernels {
   int64_t version;
   const KvcAttendKernel *const *attend;

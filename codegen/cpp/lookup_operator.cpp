@@ -4,156 +4,23 @@
 // The work is cut into phases, and each phase into pieces whose borders depend on a session's own length only; the states of pieces are
 // merged in their order.  So which thread does what changes no bit.
 //
-// Where every query head chooses for itself, many keys are sifted: a sample of them tells from which score on a key may be chosen, and the
-// scan keeps only such candidates and sums over runs of the others.  Where that does not work out the scores of all keys are written, as
-// for a few keys and for heads that choose together.
-#include <cstdlib>
-#include <memory>
+// Runs are ranked by their centres first, and only the keys of the best are looked at.  Where every query head chooses for itself, many
+// keys are sifted: a sample of them tells from which score on a key may be chosen, and the scan keeps only such candidates and sums over
+// runs of the others.  Where that does not work out the scores of all keys that are looked at are written, as for a few keys and for heads
+// that choose together.
 #include <numeric>
 #include <optional>
-#include <vector>
 
-#include "kernel.h"
-#include "operators.h"
-#include "stores.h"
+#include "lookup_head.h"
 
 namespace {
 
 // What one row of the operator's table says: the KV heads of a site that share a policy, in one session.
 enum Column { kKernel, kStore, kSketch, kHeads, kHeadCount, kStart, kOutRow, kBefore, kK, kSelect, kTail, kColumnCount };
-enum Select : int64_t { kPerQueryHead = 0, kUnion = 1, kSum = 2, kMax = 3 };
 
-// A sketch is described by int64 words, which runtime/native_lookup.py writes: first position, parts, units, tokens in all, addresses of
-// centre, map, fine, bias; and of each part: tokens, addresses of codes, position, mean, mean_scale.
-constexpr int64_t kSketchWords = 8, kSketchPartWords = 5;
-
-constexpr int64_t kScanTokens = kScanBlocks * kBlockTokens;
 constexpr int64_t kInlineKeys = 4096;  // a call over so few keys is done by the calling thread
-
-constexpr int64_t kSiftedTokens = 4096, kSiftedShare = 8;  // sifted: so many keys or more, of which at most 1 / kSiftedShare are chosen
-constexpr int64_t kSampled = 24;                           // of the keys that a head chooses, a sample has about so many
-constexpr int64_t kSampledTokens = 1024;                   // at least; at most 1 / kSiftedShare of all
-constexpr int64_t kSampledAhead = 16;                      // blocks of a sample that are asked for before they are read
-constexpr int64_t kListRoom = kScanTokens + kBlockTokens;  // of a chunk's candidates
-constexpr float kLargestAbove = 60;                        // a logit further above the shift would not do for sums in float32
-constexpr float kLost = 1.49e-8f;                          // 2^-26: so small a share of a sum is lost in its rounding
-
-int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// Memory for one call at a time, kept from call to call.  What was taken stays where it is until the next `clear`.
-class Scratch {
- public:
-  void clear() {
-    if (slabs.size() > 1) {  // the next call finds all of it in one
-      size_t total = 0;
-      for (const Slab &slab : slabs) total += slab.size;
-      slabs.clear();
-      open(total);
-    }
-    used = 0;
-  }
-  template <class T>
-  T *take(int64_t count) {
-    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (slabs.empty() || used + bytes > slabs.back().size) open(std::max(bytes, size_t(1) << 20)), used = 0;
-    T *memory = (T *)(slabs.back().memory.get() + used);
-    used += bytes;
-    return memory;
-  }
-
- private:
-  struct Free {
-    void operator()(char *memory) const { std::free(memory); }
-  };
-  struct Slab {
-    std::unique_ptr<char, Free> memory;
-    size_t size;
-  };
-  std::vector<Slab> slabs;
-  size_t used = 0;
-
-  void open(size_t size) {
-    slabs.push_back({std::unique_ptr<char, Free>((char *)std::aligned_alloc(64, size)), size});
-    STD_TORCH_CHECK(slabs.back().memory, "no memory for the scores of a lookup: ", size, " bytes");
-  }
-};
-
-struct Group {
-  const KvcLookupKernel *kernel;
-  const int64_t *store, *sketch;  // sketch null: every earlier token is attended to
-  const int64_t *heads;           // KV heads of the site
-  int64_t head_count, start, out_row, before, k, select, tail;
-
-  bool finds() const { return sketch && k < sketch[3]; }
-  bool shares() const { return select != kPerQueryHead; }
-  bool sifts() const {
-    return finds() && (select == kPerQueryHead || select == kUnion) && sketch[3] >= kSiftedTokens && k * kSiftedShare <= sketch[3];
-  }
-  int64_t sample_blocks() const {
-    return std::min(std::max(kSampled * sketch[3] / k, kSampledTokens), sketch[3] / kSiftedShare) / kBlockTokens;
-  }
-  // From the rank of a sample's score on: the k-th best of all lies below it by chance as good as never.
-  int64_t sample_rank() const {
-    const int64_t tokens = sample_blocks() * kBlockTokens;
-    const double expected = double(k) * tokens / sketch[3];
-    return std::min(int64_t(expected + 6 * std::sqrt(expected) + 4), tokens);
-  }
-  int64_t found_tokens() const { return finds() ? sketch[3] : 0; }
-  int64_t window_tokens() const { return before + 1 - found_tokens(); }
-  int64_t window_position(int64_t i) const { return finds() && i >= sketch[0] ? i + sketch[3] : i; }
-  int64_t blocks() const { return found_tokens() / kBlockTokens; }
-  int64_t chunks() const { return pieces_of(blocks(), kScanBlocks); }
-  int64_t top_vectors() const { return (chunks() - 1) * kTops + std::min(kTops, blocks() - (chunks() - 1) * kScanBlocks); }
-  int64_t words() const { return found_tokens() / 32; }
-  int64_t lists() const { return shares() ? 1 : kernel->queries_per_kv; }
-  int64_t list_room() const { return select == kUnion ? std::min(k * kernel->queries_per_kv, found_tokens()) : k; }
-  int64_t state_floats() const { return kernel->queries_per_kv * (kernel->value_dim + 2); }
-};
-
-// One KV head of a group.
-struct Head {
-  const Group *group;
-  int64_t head;  // of the group
-  KvcSketch sketch;
-  float bias;
-  std::vector<KvcSketchRows> rows;
-  KvcLookupQuery query;
-  int32_t *scores, *tops;       // [blocks][queries][16], [top vectors][queries][16]
-  int32_t *ranks, *rank_tops;   // [blocks][16], [top vectors][16]: of all queries together
-  float *chunk_sums, *log_sum;  // [chunks][2][queries], [queries]
-  uint32_t *chosen;             // [queries][words]; the first where queries share
-  int32_t *top;                 // [queries]: no key that is not chosen has a larger score
-  int32_t *found;               // [lists][list_room]: positions
-  int64_t *counts;              // [lists]
-  float *state;                 // what the pieces are merged into
-  bool sifted;                  // the rest holds, and no scores of all keys are there
-  int32_t *threshold, *shift;   // [queries]
-  int32_t *candidates;          // [chunks][1 + queries][kListRoom]: rows, scores
-  int64_t *candidate_counts;    // [chunks]
-  float *run_sums, *least;      // [queries][words], [queries]: what `sift` sums, and what of it matters
-};
-
-// Where tokens of one head lie.
-class StoreRows {
- public:
-  StoreRows(const Group &group, int64_t head)
-      : store(group.store),
-        head(head),
-        key_bytes(int64_t(group.kernel->head_dim) * group.kernel->store_bytes),
-        value_bytes(int64_t(group.kernel->value_dim) * group.kernel->store_bytes),
-        part(store + 2) {}
-  void find(int64_t position, const void **key, const void **value) {
-    if (position < part[4] || position >= part[5])
-      for (part = store + 2; position >= part[5];) part += kPartWords;
-    *key = (const char *)part[0] + head * part[2] + (position - part[4]) * key_bytes;
-    *value = (const char *)part[1] + head * part[3] + (position - part[4]) * value_bytes;
-  }
-
- private:
-  const int64_t *store;
-  int64_t head, key_bytes, value_bytes;
-  const int64_t *part;
-};
+constexpr float kLargestAbove = 60;    // a logit further above the shift would not do for sums in float32
+constexpr float kLost = 1.49e-8f;      // 2^-26: so small a share of a sum is lost in its rounding
 
 struct Call {
   const char *query, *key, *value;
@@ -163,25 +30,50 @@ struct Call {
   int64_t query_heads;
 };
 
-// Thresholds and shifts from a sample, the same blocks whatever the query.
-void look_ahead(const Head &head) {
+// Ranks the runs, and lists those that are looked at.
+void rank(Head &head) {
   const Group &group = *head.group;
   const KvcLookupKernel &kernel = *group.kernel;
-  const int64_t queries = kernel.queries_per_kv, blocks = group.blocks(), sampled = group.sample_blocks();
-  int32_t *const scores = head.candidates, *const tops = scores + sampled * queries * 16;
-  const KvcSketchRows *rows = head.rows.data();
-  const uint8_t *codes[kSampledAhead];  // of the blocks that come next
-  for (int64_t i = 0, first = 0; i < sampled + kSampledAhead; i++) {
-    if (i >= kSampledAhead)
-      kernel.scan(&head.query, &head.sketch, codes[i % kSampledAhead], 0, 1, scores + (i - kSampledAhead) * queries * 16, tops);
-    if (i >= sampled) continue;
-    const int64_t block = i * blocks / sampled, bytes = head.sketch.units * 64;
-    for (; block - first >= rows->tokens / kBlockTokens; rows++) first += rows->tokens / kBlockTokens;
-    codes[i % kSampledAhead] = rows->codes + (block - first) * bytes;
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(codes[i % kSampledAhead] + byte);
+  const int64_t *words = group.sketch;
+  const int64_t base = group.base_runs(), near = group.near_runs(), dim = kernel.value_dim, run_bytes = 2 * words[kUnits] * 64;
+  const auto run_at = [&](const int64_t *part, int64_t run, bool low) {
+    const int64_t tokens = part[0], row = head.head * tokens / kRunTokens + run;
+    return KvcRun{(const uint8_t *)part[1] + row * run_bytes, (const int32_t *)part[2] + row * kRunTokens,
+                  (const int8_t *)part[3] + row * dim, ((const float *)part[4])[row], low};
+  };
+  KvcRun *to = head.runs;
+  if (near == base) {
+    for (int64_t run = 0; run < base; run++) *to++ = run_at(group.part(0), run, false);
+  } else {
+    const int64_t vectors = group.far_vectors(), bytes = vectors * words[kRunUnits] * 64;
+    kernel.rank(&head.query, &head.sketch, (const uint8_t *)words[kCentreCodes] + head.head * bytes,
+                (const float *)words[kRunBias] + head.head * base, base, near, group.low_runs(), &head.ranked);
+    for (int64_t v = 0; v < vectors; v++) {
+      for (uint32_t left = head.ranked.near[v]; left; left &= left - 1) {
+        const int bit = __builtin_ctz(left);
+        *to++ = run_at(group.part(0), v * 16 + bit, head.ranked.low[v] >> bit & 1);
+      }
+      const int64_t row = head.head * vectors + v;
+      head.together[v] = {nullptr, nullptr, (const int8_t *)words[kTogetherMean] + row * dim, ((const float *)words[kTogetherScale])[row],
+                          0};
+    }
   }
+  for (int64_t part = 1; part < words[kParts]; part++)
+    for (int64_t run = 0; run < group.part(part)[0] / kRunTokens; run++) *to++ = run_at(group.part(part), run, false);
+}
+
+// Thresholds and shifts from a sample, evenly spread over the runs.
+void look_ahead(const Head &head) {
+  static thread_local std::vector<KvcRun> sample;
+  const Group &group = *head.group;
+  const KvcLookupKernel &kernel = *group.kernel;
+  const int64_t queries = kernel.queries_per_kv, runs = group.runs(), sampled = group.sample_runs();
+  int32_t *const scores = head.candidates, *const tops = scores + sampled * 2 * queries * 16;
+  sample.clear();
+  for (int64_t i = 0; i < sampled; i++) sample.push_back(head.runs[i * runs / sampled]);
+  kernel.scan(&head.query, &head.sketch, sample.data(), 0, sampled, scores, tops);
   for (int64_t q = 0; q < queries; q++)
-    head.threshold[q] = kernel.find_threshold(scores + q * 16, sampled, queries * 16, group.sample_rank(), head.shift + q);
+    head.threshold[q] = kernel.find_threshold(scores + q * 16, 2 * sampled, queries * 16, group.sample_rank(), head.shift + q);
 }
 
 // The new token joins the store; its queries become what the kernel's functions want.
@@ -196,40 +88,27 @@ void prepare(const Call &call, Head &head) {
                 const_cast<void *>(value));
   kernel.prepare(call.query + (group.start * call.query_token + kv_head * kernel.queries_per_kv * call.query_head) * kernel.query_bytes,
                  call.query_head, group.finds() ? &head.sketch : nullptr, &head.query);
+  if (group.finds()) rank(head);
   if (group.sifts()) look_ahead(head);
 }
 
-// Calls f(rows of one part, first block in it, first block of all, blocks) for the blocks of a chunk.
-template <class F>
-void each_part(const Head &head, int64_t chunk, const F &f) {
-  const int64_t begin = chunk * kScanBlocks, end = std::min(head.group->blocks(), begin + kScanBlocks);
-  int64_t first = 0;
-  for (const KvcSketchRows &rows : head.rows) {
-    const int64_t blocks = rows.tokens / kBlockTokens, from = std::max(begin, first), to = std::min(end, first + blocks);
-    if (from < to) f(rows, from - first, from, to - from);
-    first += blocks;
-  }
-}
+int64_t runs_of(const Head &head, int64_t chunk) { return std::min(kScanRuns, head.group->runs() - chunk * kScanRuns); }
 
 void scan(const Head &head, int64_t chunk) {
   const KvcLookupKernel &kernel = *head.group->kernel;
-  const int64_t queries = kernel.queries_per_kv, vectors = std::min(kTops, head.group->blocks() - chunk * kScanBlocks);
+  const int64_t queries = kernel.queries_per_kv, first = chunk * kScanRuns, runs = runs_of(head, chunk);
   int32_t *tops = head.tops + chunk * kTops * queries * 16;
-  std::fill(tops, tops + vectors * queries * 16, INT32_MIN);
-  each_part(head, chunk, [&](const KvcSketchRows &rows, int64_t block, int64_t all, int64_t blocks) {
-    kernel.scan(&head.query, &head.sketch, rows.codes + block * head.sketch.units * 64, all % kScanBlocks, blocks,
-                head.scores + all * queries * 16, tops);
-  });
+  std::fill(tops, tops + std::min(kTops, 2 * runs) * queries * 16, INT32_MIN);
+  kernel.scan(&head.query, &head.sketch, head.runs + first, 0, runs, head.scores + 2 * first * queries * 16, tops);
 }
 
 void sift(const Head &head, int64_t chunk) {
   const Group &group = *head.group;
+  const int64_t first = chunk * kScanRuns;
   int32_t *const list = head.candidates + chunk * (1 + group.kernel->queries_per_kv) * kListRoom;
-  KvcSifted sifted = {head.threshold, head.shift, kListRoom, list, list + kListRoom, 0, nullptr, group.words()};
-  each_part(head, chunk, [&](const KvcSketchRows &rows, int64_t block, int64_t all, int64_t blocks) {
-    if (group.tail) sifted.sums = head.run_sums + all / 2;
-    group.kernel->sift(&head.query, &head.sketch, rows.codes + block * head.sketch.units * 64, all * kBlockTokens, blocks / 2, &sifted);
-  });
+  KvcSifted sifted = {head.threshold, head.shift, kListRoom, list, list + kListRoom, 0, group.tail ? head.run_sums + first : nullptr,
+                      group.runs()};
+  group.kernel->sift(&head.query, &head.sketch, head.runs + first, first * kRunTokens, runs_of(head, chunk), &sifted);
   head.candidate_counts[chunk] = sifted.count;
 }
 
@@ -254,9 +133,9 @@ void pick(Head &head) {
     std::fill(to, to + room - count, INT32_MIN);
   }
   for (int64_t q = 0; q < queries; q++) {
-    const int32_t largest = kernel.pick(scores.data() + q * room, indices.data(), room / 16, group.k, head.threshold[q], head.rows.data(),
-                                        chosen.data() + q * words);
-    const float scale = head.query.scale[q], base = head.query.base[q];
+    const int32_t largest =
+        kernel.pick(scores.data() + q * room, indices.data(), room / 16, group.k, head.threshold[q], head.runs, chosen.data() + q * words);
+    const float scale = head.query.keys.scale[q], base = head.query.keys.base[q];
     if (largest == INT32_MIN || kernel.logit(largest, scale, base) - kernel.logit(head.shift[q], scale, base) > kLargestAbove) return;
   }
   if (group.shares())
@@ -264,29 +143,26 @@ void pick(Head &head) {
       for (int64_t w = 0; w < words; w++) chosen[w] |= chosen[q * words + w];
   for (int64_t list = 0; list < group.lists(); list++) {
     int32_t *const begin = head.found + list * group.list_room(), *to = begin;
-    const KvcSketchRows *rows = head.rows.data();
-    int64_t first = 0;
     for (int64_t w = 0; w < words; w++)
       for (uint32_t left = chosen[list * words + w]; left; left &= left - 1) {
         const int64_t index = indices[w * 32 + __builtin_ctz(left)];
-        for (; index - first >= rows->tokens; rows++) first += rows->tokens;
-        *to++ = rows->position[index - first];
+        *to++ = head.runs[index / kRunTokens].position[index % kRunTokens];
       }
     head.counts[list] = to - begin;
   }
   for (int64_t q = 0; q < (group.tail ? queries : 0); q++) {
-    const float sum = kernel.put_back(&head.query, q, head.shift[q], scores.data() + q * room, indices.data(), count,
-                                      chosen.data() + (group.shares() ? 0 : q * words), head.run_sums + q * group.words(), group.words());
-    head.least[q] = sum * kLost / group.words();
+    head.weights[q] =
+        kernel.put_back(&head.query, q, head.shift[q], scores.data() + q * room, indices.data(), count,
+                        chosen.data() + (group.shares() ? 0 : q * words), head.runs, group.runs(), head.run_sums + q * group.runs());
+    head.least[q] = head.weights[q].rest * kLost / group.runs();
   }
   head.sifted = true;
 }
 
 void weigh(const Head &head, int64_t chunk) {
-  const int64_t queries = head.group->kernel->queries_per_kv, first = chunk * kScanBlocks;
+  const int64_t queries = head.group->kernel->queries_per_kv, first = chunk * kScanRuns;
   float *sums = head.chunk_sums + chunk * 2 * queries;
-  head.group->kernel->weigh(&head.query, head.scores + first * queries * 16, std::min(kScanBlocks, head.group->blocks() - first), sums,
-                            sums + queries);
+  head.group->kernel->weigh(&head.query, head.scores + 2 * first * queries * 16, 2 * runs_of(head, chunk), sums, sums + queries);
 }
 
 void add_sums(const Head &head) {
@@ -302,39 +178,52 @@ void add_sums(const Head &head) {
 }
 
 void share(const Head &head, int64_t chunk) {
-  const int64_t queries = head.group->kernel->queries_per_kv, first = chunk * kScanBlocks;
-  const int64_t blocks = std::min(kScanBlocks, head.group->blocks() - first);
+  const int64_t queries = head.group->kernel->queries_per_kv, first = chunk * kScanRuns, blocks = 2 * runs_of(head, chunk);
   int32_t *tops = head.rank_tops + chunk * kTops * 16;
   std::fill(tops, tops + std::min(kTops, blocks) * 16, INT32_MIN);
-  head.group->kernel->share(&head.query, head.log_sum, head.group->select == kSum, head.scores + first * queries * 16, 0, blocks,
-                            head.ranks + first * 16, tops);
+  head.group->kernel->share(&head.query, head.log_sum, head.group->select == kSum, head.scores + 2 * first * queries * 16, 0, blocks,
+                            head.ranks + 2 * first * 16, tops);
 }
 
 // Sets the bits of the keys that one query chooses, or all of them.
 void choose(const Head &head, int64_t query) {
   const Group &group = *head.group;
   const int64_t queries = group.kernel->queries_per_kv;
-  uint32_t *chosen = head.chosen + query * group.words();
-  if (group.select == kSum || group.select == kMax)
-    group.kernel->choose(head.ranks, group.blocks(), head.rank_tops, group.top_vectors(), 16, group.k, head.rows.data(), chosen);
+  uint32_t *chosen = head.chosen + query * group.runs();
+  if (group.shares_weights())
+    group.kernel->choose(head.ranks, group.blocks(), head.rank_tops, group.top_vectors(), 16, group.k, head.runs, chosen);
   else
-    head.top[query] = group.kernel->choose(head.scores + query * 16, group.blocks(), head.tops + query * 16, group.top_vectors(),
-                                           queries * 16, group.k, head.rows.data(), chosen);
+    group.kernel->choose(head.scores + query * 16, group.blocks(), head.tops + query * 16, group.top_vectors(), queries * 16, group.k,
+                         head.runs, chosen);
 }
 
 // The positions of the chosen keys, in the order of the sketch.
 void collect(const Head &head, int64_t list) {
   const Group &group = *head.group;
-  uint32_t *chosen = head.chosen + list * group.words();
+  uint32_t *chosen = head.chosen + list * group.runs();
   if (group.select == kUnion)
     for (int64_t q = 1; q < group.kernel->queries_per_kv; q++)
-      for (int64_t w = 0; w < group.words(); w++) chosen[w] |= head.chosen[q * group.words() + w];
-  if (group.select == kSum || group.select == kMax) group.kernel->find_tops(head.scores, chosen, group.words(), head.top);
+      for (int64_t w = 0; w < group.runs(); w++) chosen[w] |= head.chosen[q * group.runs() + w];
   int32_t *const begin = head.found + list * group.list_room(), *to = begin;
-  for (const KvcSketchRows &rows : head.rows)
-    for (int64_t w = 0; w < rows.tokens / 32; w++)
-      for (uint32_t left = *chosen++, base = (uint32_t)w * 32; left; left &= left - 1) *to++ = rows.position[base + __builtin_ctz(left)];
+  for (int64_t run = 0; run < group.runs(); run++)
+    for (uint32_t left = chosen[run]; left; left &= left - 1) *to++ = head.runs[run].position[__builtin_ctz(left)];
   head.counts[list] = to - begin;
+}
+
+// What keys weigh that one query looked at, from all their scores.
+void sum(const Head &head, int64_t query) {
+  const Group &group = *head.group;
+  const int64_t queries = group.kernel->queries_per_kv;
+  int32_t top = INT32_MIN;
+  for (int64_t v = 0; v < group.top_vectors(); v++) {
+    const int32_t *lanes = head.tops + (v * queries + query) * 16;
+    top = std::max(top, *std::max_element(lanes, lanes + 16));
+  }
+  head.shift[query] = top;
+  head.weights[query] =
+      group.kernel->sum_runs(&head.query, query, top, head.scores, head.chosen + (group.shares() ? 0 : query * group.runs()), head.runs,
+                             group.runs(), head.run_sums + query * group.runs());
+  head.least[query] = head.weights[query].rest * kLost / group.runs();
 }
 
 // At most kChunkTokens keys of the window (list -1) or of a list, from the one numbered `first` on.
@@ -351,32 +240,55 @@ void attend(const Head &head, int64_t list, int64_t first, int64_t tokens, float
   kernel.attend(head.query.query + (alone ? list * kernel.head_dim : 0), alone ? 1 : kernel.queries_per_kv, keys, values, tokens, &state);
 }
 
-// An estimate of the keys of a chunk that are not chosen.
-void rest(const Head &head, int64_t chunk, float *memory) {
+// An estimate of the keys of some runs that are not chosen, or of runs that are not looked at; gaps are not in it yet.
+void rest(const Head &head, int64_t first, int64_t runs, bool far, float *memory) {
   const Group &group = *head.group;
   const KvcLookupKernel &kernel = *group.kernel;
   const int64_t queries = kernel.queries_per_kv;
   std::fill(memory, memory + group.state_floats(), 0.0f);
   const KvcState state = state_at(memory, queries, kernel.value_dim);
-  each_part(head, chunk, [&](const KvcSketchRows &rows, int64_t block, int64_t all, int64_t blocks) {
-    const int8_t *mean = rows.mean + block / 2 * kernel.value_dim;
-    const float *mean_scale = rows.mean_scale + block / 2;
-    if (head.sifted) return kernel.add_runs(head.run_sums + all / 2, group.words(), head.least, mean, mean_scale, blocks / 2, &state);
-    kernel.add_rest(&head.query, head.top, head.scores + all * queries * 16, head.chosen + all / 2, group.shares() ? 0 : group.words(),
-                    mean, mean_scale, blocks / 2, &state);
-  });
-  const int32_t *const top = head.sifted ? head.shift : head.top;
-  for (int64_t q = 0; q < queries; q++)
-    state.maximum[q] = state.sum[q] == 0 ? -INFINITY : kernel.logit(top[q], head.query.scale[q], head.query.base[q]) + head.bias;
+  if (far)
+    kernel.add_runs(head.ranked.far_sums + first, group.far_vectors(), head.no_least, head.together + first, runs, &state);
+  else
+    kernel.add_runs(head.run_sums + first, group.runs(), head.least, head.runs + first, runs, &state);
+  for (int64_t q = 0; q < queries; q++) {
+    const float top = far ? head.ranked.far_top[q] : kernel.logit(head.shift[q], head.query.keys.scale[q], head.query.keys.base[q]);
+    state.maximum[q] = state.sum[q] == 0 ? -INFINITY : top;
+  }
+}
+
+// What scores leave out: the gap's base + slope * x within its bounds, or its mean where x is no number.
+float guess_gap(const float *gap, float x) {
+  const float guess = gap[1] + gap[2] * x;
+  return std::isfinite(x) ? std::min(std::max(guess, gap[3]), gap[4]) : gap[0];
+}
+
+// The estimates join the keys that were read.  A query whose guesses of what it read are too low is thought to guess all else too low.
+void add_estimates(const Head &head) {
+  const Group &group = *head.group;
+  const KvcLookupKernel &kernel = *group.kernel;
+  const int64_t queries = kernel.queries_per_kv, dim = kernel.value_dim;
+  const KvcState state = state_at(head.state, queries, dim), found = state_at(head.found_state, queries, dim);
+  const KvcState near = state_at(head.rest_state, queries, dim), far = state_at(head.far_state, queries, dim);
+  for (int64_t q = 0; q < queries; q++) {
+    const float shift = kernel.logit(head.shift[q], head.query.keys.scale[q], head.query.keys.base[q]);
+    const float read = found.maximum[q] + std::log(found.sum[q]), guessed = shift + std::log(head.weights[q].read);
+    near.maximum[q] += guess_gap(head.gaps + kNearGap, read - guessed);
+    if (!group.far_vectors()) continue;
+    const float low = shift + std::log(head.weights[q].low) + head.gaps[kNearGap];
+    far.maximum[q] += guess_gap(head.gaps + kFarGap, low - head.ranked.low_log_sum[q]);
+  }
+  merge(state, near, queries, dim);
+  if (group.far_vectors()) merge(state, far, queries, dim);
 }
 
 // A piece of the last phase, and which queries its state is of.
 struct Piece {
   const Head *head;
-  int64_t kind, first, tokens;  // kind: a list, kWindow or kRest
+  int64_t kind, first, tokens;  // kind: a list, or one of these; tokens: of estimates, runs
   float *state;
 };
-constexpr int64_t kWindow = -1, kRest = -2;
+constexpr int64_t kWindow = -1, kRest = -2, kFar = -3;
 
 // Memory of a head for one call.
 void make_room(Scratch &scratch, Head &head) {
@@ -386,42 +298,63 @@ void make_room(Scratch &scratch, Head &head) {
   head.query.query = scratch.take<float>(queries * kernel.head_dim);
   head.state = scratch.take<float>(group.state_floats());
   if (!group.finds()) return;
-  head.query.whole = scratch.take<int8_t>(queries * group.sketch[2] * 16);
-  head.query.start = scratch.take<int32_t>(queries);
-  head.query.scale = scratch.take<float>(queries);
-  head.query.base = scratch.take<float>(queries);
-  const int64_t list_numbers = group.chunks() * (1 + queries) * kListRoom;
+  const auto code = [&](KvcCodedQuery &query, int64_t units) {
+    query = {scratch.take<int8_t>(queries * units * 16), scratch.take<int32_t>(queries), scratch.take<float>(queries),
+             scratch.take<float>(queries)};
+  };
+  code(head.query.keys, group.sketch[kUnits]);
+  code(head.query.centres, group.sketch[kRunUnits]);
+  const int64_t runs = group.runs(), vectors = group.far_vectors();
+  head.runs = scratch.take<KvcRun>(runs);
+  if (vectors) {
+    head.together = scratch.take<KvcRun>(vectors);
+    head.ranked = {scratch.take<float>(queries * vectors * 16),
+                   scratch.take<int32_t>(vectors * 16),
+                   scratch.take<uint32_t>(vectors),
+                   scratch.take<uint32_t>(vectors),
+                   scratch.take<float>(queries * vectors),
+                   scratch.take<float>(queries),
+                   scratch.take<float>(queries)};
+  }
+  const int64_t list_numbers = std::max(group.chunks() * (1 + queries) * kListRoom, (2 * group.sample_runs() + kTops) * queries * 16);
   head.scores = scratch.take<int32_t>(std::max(group.blocks() * queries * 16, group.sifts() ? list_numbers : 0));
   if (group.sifts()) {
     head.candidates = head.scores;  // they are given up before scores are written
     head.candidate_counts = scratch.take<int64_t>(group.chunks());
-    head.threshold = scratch.take<int32_t>(queries), head.shift = scratch.take<int32_t>(queries);
-    head.run_sums = scratch.take<float>(queries * group.words()), head.least = scratch.take<float>(queries);
+    head.threshold = scratch.take<int32_t>(queries);
   }
+  head.shift = scratch.take<int32_t>(queries);
+  head.run_sums = scratch.take<float>(queries * runs), head.least = scratch.take<float>(queries);
+  head.no_least = scratch.take<float>(queries);
+  std::fill(head.no_least, head.no_least + queries, 0.0f);
+  head.weights = scratch.take<KvcWeights>(queries);
   head.tops = scratch.take<int32_t>(group.top_vectors() * queries * 16);
-  if (group.select == kSum || group.select == kMax) {
+  if (group.shares_weights()) {
     head.ranks = scratch.take<int32_t>(group.blocks() * 16);
     head.rank_tops = scratch.take<int32_t>(group.top_vectors() * 16);
     head.chunk_sums = scratch.take<float>(group.chunks() * 2 * queries);
     head.log_sum = scratch.take<float>(queries);
   }
-  head.chosen = scratch.take<uint32_t>(queries * group.words());
-  head.top = scratch.take<int32_t>(queries);
+  head.chosen = scratch.take<uint32_t>(queries * runs);
   head.found = scratch.take<int32_t>(group.lists() * group.list_room());
   head.counts = scratch.take<int64_t>(group.lists());
+  for (float **state : {&head.found_state, &head.rest_state, &head.far_state}) {
+    *state = scratch.take<float>(group.state_floats());
+    std::fill(*state, *state + group.state_floats(), 0.0f);
+    const KvcState empty = state_at(*state, queries, kernel.value_dim);
+    std::fill(empty.maximum, empty.maximum + queries, -INFINITY);
+  }
 }
 
 // The words of a sketch, as head `head` of the group reads them.
 void read_sketch(const Group &group, Head &head) {
-  const int64_t *words = group.sketch, units = words[2];
-  head.sketch = {(const float *)words[4] + head.head * group.kernel->head_dim,
-                 (const float *)words[5] + head.head * group.kernel->head_dim * units * 16, units, ((const int64_t *)words[6])[head.head]};
-  head.bias = ((const float *)words[7])[head.head];
-  for (int64_t part = 0; part < words[1]; part++) {
-    const int64_t *of = words + kSketchWords + part * kSketchPartWords, tokens = of[0], runs = tokens / kRunTokens;
-    head.rows.push_back({tokens, (const uint8_t *)of[1] + head.head * tokens / 16 * units * 64, (const int32_t *)of[2] + head.head * tokens,
-                         (const int8_t *)of[3] + head.head * runs * group.kernel->value_dim, (const float *)of[4] + head.head * runs});
-  }
+  const int64_t *words = group.sketch, at = head.head, coordinates = words[kCoordinates], dim = group.kernel->head_dim;
+  head.sketch = {(const float *)words[kCentre] + at * dim,
+                 (const char *)words[kMap] + at * ((dim + 1) / 2) * coordinates * 4,
+                 coordinates,
+                 {(const float *)words[kStep] + at * words[kUnits] * 16, words[kUnits], ((const int64_t *)words[kFine])[at]},
+                 {(const float *)words[kRunStep] + at * words[kRunUnits] * 16, words[kRunUnits], words[kRunUnits]}};
+  head.gaps = (const float *)words[kGaps] + at * kGapColumns;
 }
 
 void run(const Call &call, const std::vector<Group> &groups) {
@@ -448,10 +381,7 @@ void run(const Call &call, const std::vector<Group> &groups) {
     pieces.clear();
   };
   const auto add_chunks = [&](const Head &head) {
-    for (int64_t chunk = 0; chunk < head.group->chunks(); chunk++) pieces.push_back({&head, kRest, chunk, 0, nullptr});
-  };
-  const auto shares_weights = [](const Head &head) {
-    return head.group->finds() && (head.group->select == kSum || head.group->select == kMax);
+    for (int64_t chunk = 0; chunk < head.group->chunks(); chunk++) pieces.push_back({&head, 0, chunk, 0, nullptr});
   };
 
   for (Head &head : heads) pieces.push_back({&head, 0, 0, 0, nullptr});
@@ -464,58 +394,78 @@ void run(const Call &call, const std::vector<Group> &groups) {
       if (head.group->sifts()) pieces.push_back({&head, 0, 0, 0, nullptr});
     phase([](const Piece &piece) { pick(const_cast<Head &>(*piece.head)); });
   }
-  for (const Head &head : heads)
-    if (!head.sifted) add_chunks(head);
-  phase([](const Piece &piece) { scan(*piece.head, piece.first); });
-  if (std::any_of(heads.begin(), heads.end(), shares_weights)) {
-    for (const Head &head : heads)
-      if (shares_weights(head)) add_chunks(head);
+  const auto is_scanned = [](const Head &head) { return head.group->finds() && !head.sifted; };
+  if (std::any_of(heads.begin(), heads.end(), is_scanned)) {
+    const auto each_scanned = [&](const auto &add) {
+      for (const Head &head : heads)
+        if (is_scanned(head)) add(head);
+    };
+    const auto add_each = [&](const Head &head, int64_t count) {
+      for (int64_t i = 0; i < count; i++) pieces.push_back({&head, i, 0, 0, nullptr});
+    };
+    each_scanned(add_chunks);
+    phase([](const Piece &piece) { scan(*piece.head, piece.first); });
+    const auto each_sharing = [&](const auto &add) {
+      each_scanned([&](const Head &head) {
+        if (head.group->shares_weights()) add(head);
+      });
+    };
+    each_sharing(add_chunks);
     phase([](const Piece &piece) { weigh(*piece.head, piece.first); });
-    for (const Head &head : heads)
-      if (shares_weights(head)) add_sums(head), add_chunks(head);
+    each_sharing(add_sums);
+    each_sharing(add_chunks);
     phase([](const Piece &piece) { share(*piece.head, piece.first); });
+    each_scanned([&](const Head &head) { add_each(head, head.group->shares_weights() ? 1 : head.group->kernel->queries_per_kv); });
+    phase([](const Piece &piece) { choose(*piece.head, piece.kind); });
+    each_scanned([&](const Head &head) { add_each(head, head.group->lists()); });
+    phase([](const Piece &piece) { collect(*piece.head, piece.kind); });
+    each_scanned([&](const Head &head) { add_each(head, head.group->tail ? head.group->kernel->queries_per_kv : 0); });
+    phase([](const Piece &piece) { sum(*piece.head, piece.kind); });
   }
-  for (const Head &head : heads)
-    for (int64_t q = 0; q < (!head.group->finds() || head.sifted ? 0 : shares_weights(head) ? 1 : head.group->kernel->queries_per_kv); q++)
-      pieces.push_back({&head, q, 0, 0, nullptr});
-  phase([](const Piece &piece) { choose(*piece.head, piece.kind); });
-  for (const Head &head : heads)
-    for (int64_t list = 0; list < (head.group->finds() && !head.sifted ? head.group->lists() : 0); list++)
-      pieces.push_back({&head, list, 0, 0, nullptr});
-  phase([](const Piece &piece) { collect(*piece.head, piece.kind); });
 
-  const auto add_pieces = [&](const Head &head, int64_t kind, int64_t tokens) {
-    for (int64_t first = 0; first < tokens; first += kChunkTokens)
-      pieces.push_back({&head, kind, first, std::min(kChunkTokens, tokens - first), scratch.take<float>(head.group->state_floats())});
+  const auto add_pieces = [&](const Head &head, int64_t kind, int64_t count, int64_t at_once) {
+    for (int64_t first = 0; first < count; first += at_once)
+      pieces.push_back({&head, kind, first, std::min(at_once, count - first), scratch.take<float>(head.group->state_floats())});
   };
   for (const Head &head : heads) {
-    add_pieces(head, kWindow, head.group->window_tokens());
+    add_pieces(head, kWindow, head.group->window_tokens(), kChunkTokens);
     if (!head.group->finds()) continue;
-    for (int64_t list = 0; list < head.group->lists(); list++) add_pieces(head, list, head.counts[list]);
+    for (int64_t list = 0; list < head.group->lists(); list++) add_pieces(head, list, head.counts[list], kChunkTokens);
     if (!head.group->tail) continue;
-    for (int64_t chunk = 0; chunk < head.group->chunks(); chunk++)
-      pieces.push_back({&head, kRest, chunk, 0, scratch.take<float>(head.group->state_floats())});
+    add_pieces(head, kRest, head.group->runs(), kRunsAtOnce);
+    add_pieces(head, kFar, head.group->far_vectors(), kRunsAtOnce);
   }
   const std::vector<Piece> parts = pieces;
   phase([](const Piece &piece) {
-    if (piece.kind == kRest)
-      rest(*piece.head, piece.first, piece.state);
+    if (piece.kind <= kRest)
+      rest(*piece.head, piece.first, piece.tokens, piece.kind == kFar, piece.state);
     else
       attend(*piece.head, piece.kind, piece.first, piece.tokens, piece.state);
   });
 
   for (const Piece &piece : parts) {
-    const KvcLookupKernel &kernel = *piece.head->group->kernel;
-    const int64_t queries = kernel.queries_per_kv, dim = kernel.value_dim;
-    const KvcState state = state_at(piece.head->state, queries, dim), other = state_at(piece.state, queries, dim);
+    const Head &head = *piece.head;
+    const int64_t queries = head.group->kernel->queries_per_kv, dim = head.group->kernel->value_dim;
+    const KvcState other = state_at(piece.state, queries, dim);
     if (piece.kind == kWindow && piece.first == 0) {  // the first one of every head
-      std::copy(piece.state, piece.state + piece.head->group->state_floats(), piece.head->state);
-    } else if (piece.kind >= 0 && !piece.head->group->shares()) {
+      std::copy(piece.state, piece.state + head.group->state_floats(), head.state);
+    } else if (piece.kind >= 0 && !head.group->shares()) {
       const int64_t q = piece.kind;
-      merge({state.out + q * dim, state.maximum + q, state.sum + q}, {other.out + q * dim, other.maximum + q, other.sum + q}, 1, dim);
+      const KvcState found = state_at(head.found_state, queries, dim);
+      merge({found.out + q * dim, found.maximum + q, found.sum + q}, {other.out + q * dim, other.maximum + q, other.sum + q}, 1, dim);
     } else {
-      merge(state, other, queries, dim);
+      float *const into = piece.kind == kWindow ? head.state
+                          : piece.kind == kRest ? head.rest_state
+                          : piece.kind == kFar  ? head.far_state
+                                                : head.found_state;
+      merge(state_at(into, queries, dim), other, queries, dim);
     }
+  }
+  for (const Head &head : heads) {
+    if (!head.group->finds()) continue;
+    const int64_t queries = head.group->kernel->queries_per_kv, dim = head.group->kernel->value_dim;
+    if (head.group->tail) add_estimates(head);
+    merge(state_at(head.state, queries, dim), state_at(head.found_state, queries, dim), queries, dim);
   }
   for (const Head &head : heads) {
     const KvcLookupKernel &kernel = *head.group->kernel;
@@ -532,12 +482,15 @@ void run(const Call &call, const std::vector<Group> &groups) {
 bool is_sketch(const Group &group) {
   const int64_t *words = group.sketch;
   int64_t tokens = 0;
-  for (int64_t part = 0; part < words[1]; part++) {
-    const int64_t of = words[kSketchWords + part * kSketchPartWords];
-    if (of < 0 || of % kRunTokens) return false;
+  for (int64_t part = 0; part < words[kParts]; part++) {
+    const int64_t of = group.part(part)[0];
+    if (of <= 0 || of % kRunTokens) return false;
     tokens += of;
   }
-  return words[0] >= 0 && words[2] >= 1 && words[2] <= kMaxUnits && tokens == words[3] && words[0] + tokens <= group.before;
+  const auto are_units = [](int64_t units) { return units >= 1 && units <= kMaxUnits; };
+  return words[kFirst] >= 0 && words[kParts] >= 1 && are_units(words[kUnits]) && are_units(words[kRunUnits]) && words[kCoordinates] >= 16 &&
+         words[kCoordinates] % 16 == 0 && words[kCoordinates] <= kMaxUnits * 16 && words[kLooked] >= 1 && tokens == words[kTokens] &&
+         words[kFirst] + tokens <= group.before;
 }
 
 // query [1, query_heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...]: one new token of each row's session among them.

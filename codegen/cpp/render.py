@@ -11,9 +11,20 @@ import jinja2
 
 from kvcompile.ir.request import KernelRequest, LinearRequest, LookupRequest, Request
 
-HEADERS = ("kernel.h", "vector.h", "rows.h", "quantised.h", "lookup.h")
+HEADERS = (
+    "kernel.h",
+    "vector.h",
+    "rows.h",
+    "quantised.h",
+    "whole.h",
+    "sketch_scan.h",
+    "sketch_choice.h",
+    "sketch_rest.h",
+    "attend_rows.h",
+    "lookup.h",
+)
 LAUNCHER = ("launcher.cpp", "lookup_operator.cpp")
-LAUNCHER_HEADERS = ("kernel.h", "stores.h", "operators.h")
+LAUNCHER_HEADERS = ("kernel.h", "stores.h", "operators.h", "lookup_head.h")
 _TYPES = {"float32": "float", "bfloat16": "Bfloat16"}
 _ROWS_LIMIT = 256  # queries that share a KV head: their logits of a chunk of keys stand on the stack
 

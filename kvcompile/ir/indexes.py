@@ -16,6 +16,8 @@ MIN_INDEXED_TOKENS = 512  # fewer than this are attended to as they are: no inde
 RECENT_STRIDE, RECENT_POSITIONS = 16, 64  # of queries that are kept: every so many positions, so many of them
 UNIT_BYTES = 4  # of a sketch: 8 coordinates of 4 bits, or 16 of 2
 MAX_UNITS = 64
+RUNS_TOGETHER = 16  # of a sketch: their centres are read together, and what is far of them is estimated together
+SCANNED = 0.25  # of a sketch's runs: the share whose keys are looked at
 RUN_AXES = 24  # dimensions in which a sketch forms runs of similar keys and values
 
 
@@ -76,33 +78,64 @@ class FlatFacts:
 
 
 class SketchFacts:
-    """Option bytes_per_key: a multiple of 4; head_dim / 8 where it is left out."""
+    """Options: bytes_per_key, a multiple of 4; scanned, the share of runs whose keys are looked at."""
 
     name = "sketch"
     estimates = True
     scores = True
 
     def check(self, options: Mapping[str, Any]) -> list[Fault]:
-        others = [name for name in options if name != "bytes_per_key"]
-        faults = [Fault(name, "is no option of sketch.", "Write bytes_per_key, or take it out.") for name in others]
+        others = [name for name in options if name not in ("bytes_per_key", "scanned")]
+        faults = [Fault(name, "is no option of sketch.", "Write bytes_per_key or scanned, or take it out.") for name in others]
         size = options.get("bytes_per_key", UNIT_BYTES)
         if type(size) is not int or size % UNIT_BYTES or not 0 < size <= MAX_UNITS * UNIT_BYTES:
             what = f"{size!r} is not allowed: a multiple of {UNIT_BYTES} from {UNIT_BYTES} to {MAX_UNITS * UNIT_BYTES}."
             faults.append(Fault("bytes_per_key", what, "Write for example bytes_per_key: 8."))
+        share = options.get("scanned", SCANNED)
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            what = f"{share!r} is not allowed: a share of the keys above 0, up to 1."
+            faults.append(Fault("scanned", what, f"Write for example scanned: {SCANNED}."))
         return faults
 
     def units(self, head_dim: int, options: Mapping[str, Any]) -> int:
         """Units of UNIT_BYTES of one key."""
-        return int(options["bytes_per_key"]) // UNIT_BYTES if "bytes_per_key" in options else max(1, round(head_dim / 32))
+        return int(options["bytes_per_key"]) // UNIT_BYTES if "bytes_per_key" in options else default_units(head_dim)
+
+    def run_units(self, head_dim: int) -> int:
+        """Units of the centre of a run: head_dim / 4 coordinates of 4 bits."""
+        return max(1, round(head_dim / 32))
+
+    def scanned(self, options: Mapping[str, Any]) -> float:
+        """The share of runs whose keys are looked at; more where a query chooses more than half of their keys."""
+        return float(options.get("scanned", SCANNED))
 
     def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
         codes, means = self.units(head_dim, options) * UNIT_BYTES, (value_dim + 4) / BLOCK_TOKENS
-        return IndexBytes(codes + means + 4, codes, means, 4 * head_dim * (16 * self.units(head_dim, options) + 1))
+        centres = (self.run_units(head_dim) * UNIT_BYTES + 4) / BLOCK_TOKENS
+        together = means / RUNS_TOGETHER
+        share = self.scanned(options)
+        held = codes + 4 + means + centres + together
+        return IndexBytes(held, share * codes + centres, share * means + together, self._search_bytes(head_dim, options))
 
     def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
-        coordinates = 16 * self.units(head_dim, options)
-        maps = 2 * head_dim * coordinates + RUN_AXES * (head_dim + value_dim)
-        return 4 * (maps + head_dim + value_dim + coordinates) + 16  # runtime/indexes/sketch.py: Basis
+        coordinates = self._coordinates(head_dim, options)
+        maps = 4 * head_dim * coordinates + 4 * RUN_AXES * (coordinates + value_dim) + 4 * value_dim + 8 + 44
+        return maps + self._search_bytes(head_dim, options)  # runtime/indexes/sketch_basis.py, and its gaps and error
+
+    def _coordinates(self, head_dim: int, options: Mapping[str, Any]) -> int:
+        """At most so many coordinates are kept."""
+        return -(-min(head_dim, 16 * self.units(head_dim, options)) // 16) * 16
+
+    def _search_bytes(self, head_dim: int, options: Mapping[str, Any]) -> int:
+        """Centre and map of queries, and the steps of slots."""
+        pairs = -(-head_dim // 2)
+        slots = 16 * (self.units(head_dim, options) + self.run_units(head_dim))
+        return 4 * head_dim + 4 * pairs * self._coordinates(head_dim, options) + 4 * slots
+
+
+def default_units(head_dim: int) -> int:
+    """Units of UNIT_BYTES of a key where a spec does not say: about 8 + head_dim / 8 bytes."""
+    return max(1, round(2 + head_dim / 32))
 
 
 FLAT, SKETCH = FlatFacts(), SketchFacts()

@@ -45,9 +45,9 @@ class FlatIndex:
         if self._soft_cap is not None:
             score_HGT = self._soft_cap * torch.tanh(score_HGT / self._soft_cap)
         chosen_HGK = select_keys(score_HGT, k, select)
-        return Found(torch.where(chosen_HGK >= 0, chosen_HGK + self._first, -1), score_HGT)
+        return Found(torch.where(chosen_HGK >= 0, chosen_HGK + self._first, -1), k, score_HGT)
 
-    def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
+    def rest(self, query_HGD: Tensor, found: Found, read_lse_HG: Tensor) -> AttentionState | None:
         return None
 
     def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
@@ -62,7 +62,7 @@ class FlatIndex:
     def nbytes(self) -> int:
         return 0
 
-    def scanned_bytes(self, tail: bool) -> int:
+    def scanned_bytes(self, tail: bool, k: int) -> int:
         return (self._end - self._first) * self._key_bytes
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

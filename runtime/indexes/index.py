@@ -49,6 +49,7 @@ class Prompt:
 
     key_HTD, value_HTE: any dtype.  gram_HDD: float32, sum of q q^T over `queries` queries of each KV head; zeros and 0 of none.
     recent: the last queries.
+    k: how many keys a query will choose.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap).
     """
 
@@ -58,6 +59,7 @@ class Prompt:
     queries: int
     recent: RecentQueries
     queries_per_kv: int
+    k: int
     soft_cap: float | None = None
 
 
@@ -65,10 +67,11 @@ Keys: TypeAlias = Callable[[int, int], Sequence[Span]]  # the session's keys and
 
 
 class Found(NamedTuple):
-    """position_HGK: absolute positions, int64, ascending, -1 at the end of rows that found fewer.  score_HGT: the index's guess of
-    every logit, of an index that has one."""
+    """position_HGK: absolute positions, int64, ascending, -1 at the end of rows that found fewer.  k: how many keys were asked for.
+    score_HGT: the index's guess of every logit, of an index that has one; -inf of keys that it did not look at."""
 
     position_HGK: Tensor
+    k: int
     score_HGT: Tensor | None = None
 
 
@@ -94,8 +97,9 @@ class KeyIndex(Protocol):
         """The keys that matter most; k >= end - first finds all.  keys: the session's, should the index want to look at them."""
         ...
 
-    def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
-        """An estimate of the attention over everything covered and not found; None of an index that cannot tell."""
+    def rest(self, query_HGD: Tensor, found: Found, read_lse_HG: Tensor) -> AttentionState | None:
+        """An estimate of the attention over everything covered and not found; None of an index that cannot tell.  read_lse_HG: natural
+        log-sum-exp of the true logits of what was found."""
         ...
 
     def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
@@ -115,8 +119,8 @@ class KeyIndex(Protocol):
         """Bytes that the index holds beside the keys and values themselves."""
         ...
 
-    def scanned_bytes(self, tail: bool) -> int:
-        """Bytes that one search, and with `tail` one `rest`, read for all KV heads before any key is looked at."""
+    def scanned_bytes(self, tail: bool, k: int) -> int:
+        """Bytes that one search for k keys, and with `tail` one `rest`, read for all KV heads before any key is looked at."""
         ...
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

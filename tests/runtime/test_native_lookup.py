@@ -157,19 +157,43 @@ def test_a_wrong_row_is_refused(kernels: Kernels, column: Column, number: int, w
         lookup_native(query, key, value, None, [row], torch.arange(2), torch.empty(1, 1, 6, 64))
 
 
+class _Coded(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("whole", "start", "scale", "base")]
+
+
 class _Query(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("query", "whole", "start", "scale", "base")]
+    _fields_ = [("query", ctypes.c_void_p), ("keys", _Coded), ("centres", _Coded)]
+
+
+class _Codes(ctypes.Structure):
+    _fields_ = [("step", ctypes.c_void_p), ("units", ctypes.c_int64), ("fine", ctypes.c_int64)]
 
 
 class _Sketch(ctypes.Structure):
-    _fields_ = [("centre", ctypes.c_void_p), ("map", ctypes.c_void_p), ("units", ctypes.c_int64), ("fine", ctypes.c_int64)]
+    _fields_ = [
+        ("centre", ctypes.c_void_p),
+        ("map", ctypes.c_void_p),
+        ("coordinates", ctypes.c_int64),
+        ("keys", _Codes),
+        ("centres", _Codes),
+    ]
+
+
+class _Run(ctypes.Structure):
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("position", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("mean_scale", ctypes.c_float),
+        ("low", ctypes.c_int32),
+    ]
 
 
 class _Kernels(ctypes.Structure):
     _fields_ = [("before", ctypes.c_int64 * 5), ("lookup", ctypes.POINTER(ctypes.c_void_p)), ("lookups", ctypes.c_int64)]
 
 
-SCAN_WORD = 6  # of KvcLookupKernel: after key, five numbers of 4 bytes, append and prepare
+SCAN_WORD = 7  # of KvcLookupKernel: after key, five numbers of 4 bytes, append, prepare and rank
 
 
 @pytest.mark.parametrize("flags", [("avx512", True), ("avx512", False), ("avx2", True), ("portable", True)])
@@ -179,7 +203,7 @@ def test_scores_are_the_same_whole_numbers_on_every_instruction_set(tmp_path: Pa
     compiler = find_toolchain()
     if compiler is None or ISAS.index(isa) < ISAS.index(machine_isa()):
         pytest.skip(f"no C++ compiler: {why_none()}" if compiler is None else f"this processor does not run {isa}")
-    site, units, blocks = SITES["wide"], 5, 21
+    site, units, runs = SITES["wide"], 5, 11
     used = tuple(flag for flag in isa_flags(isa) if extras or flag != "-mavx512vnni")
     build = Build("kvc_kernels", library_sources([site.request]), BASE_FLAGS + used, compiler)
     build.into(tmp_path, keep=tmp_path / "failed")
@@ -189,19 +213,22 @@ def test_scores_are_the_same_whole_numbers_on_every_instruction_set(tmp_path: Pa
     pointer = ctypes.c_void_p
     scan = ctypes.CFUNCTYPE(None, pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, pointer)(kernel[SCAN_WORD])
     generator = torch.Generator().manual_seed(0)
+    blocks = 2 * runs
     for fine in (0, 2, 5):
         codes_NUB = torch.randint(0, 256, (blocks, units, 64), dtype=torch.uint8, generator=generator)
         whole_GC = torch.randint(-127, 128, (site.queries_per_kv, 16 * units), dtype=torch.int8, generator=generator)
         start_G = torch.randint(-999, 999, (site.queries_per_kv,), dtype=torch.int32, generator=generator)
         score_NGL = torch.empty(blocks, site.queries_per_kv, 16, dtype=torch.int32)
         top_NGL = torch.full((16, site.queries_per_kv, 16), torch.iinfo(torch.int32).min, dtype=torch.int32)
-        query, sketch = _Query(None, whole_GC.data_ptr(), start_G.data_ptr(), None, None), _Sketch(None, None, units, fine)
-        scan(ctypes.addressof(query), ctypes.addressof(sketch), codes_NUB.data_ptr(), 3, blocks, score_NGL.data_ptr(), top_NGL.data_ptr())
+        query = _Query(None, _Coded(whole_GC.data_ptr(), start_G.data_ptr(), None, None), _Coded())
+        sketch = _Sketch(None, None, 16, _Codes(None, units, fine), _Codes())
+        lie = (_Run * runs)(*(_Run(codes_NUB[2 * run].data_ptr(), None, None, 0.0, 0) for run in range(runs)))
+        scan(ctypes.addressof(query), ctypes.addressof(sketch), lie, 3, runs, score_NGL.data_ptr(), top_NGL.data_ptr())
         level_TC = unpack(codes_NUB[None], torch.tensor([fine]))[0]
         right_GT = whole_GC.long() @ level_TC.long().T + start_G[:, None]
         assert torch.equal(score_NGL.transpose(0, 1).flatten(1).long(), right_GT)
         for top in range(16):
-            of_NGL = score_NGL[[block for block in range(blocks) if (block + 3) % 16 == top]]
+            of_NGL = score_NGL[[block for block in range(blocks) if (block + 6) % 16 == top]]
             assert torch.equal(top_NGL[top], of_NGL.amax(0))
 
 
