@@ -97,7 +97,7 @@ def read_share(model: CompiledModel, session: Session) -> float:
                 assert store.index is not None and store.zone.select == "sum"  # so that k rows are read, no more
                 row = store.rows.kv_heads * (facts.head_dim + facts.value_dim) * 2
                 exact = store.tokens - (store.index.end - store.index.first) + store.zone.tokens(store.tokens)
-                read += exact * row + store.index.scanned_bytes(store.zone.tail)
+                read += exact * row + store.index.scanned_bytes(store.zone.tail, store.zone.tokens(store.tokens))
                 full += store.tokens * row
     return read / full if full else 1.0
 

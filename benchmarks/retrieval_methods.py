@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompile.ir.indexes import BLOCK_TOKENS, SketchFacts
+from kvcompile.ir.indexes import BLOCK_TOKENS, SCANNED, SketchFacts
 from kvcompile.ir.policy import Select
-from kvcompile.runtime.indexes.index import Found, Prompt
+from kvcompile.runtime.indexes.index import Prompt
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.indexes.sketch import SketchIndex, build_sketch
 from kvcompile.runtime.merge import AttentionState
@@ -67,29 +67,44 @@ def sketch(past: Past, index: SketchIndex, select: Select = "per_query_head", ta
     """Ours.  Without its tail neither mean values nor their scales are read."""
 
     def search(query_GQD: Tensor, k: int) -> Answer:
-        query_1RD = query_GQD.transpose(0, 1).flatten(0, 1)[None]
-        score_QGT = index.scores(query_1RD).unflatten(1, (-1, len(query_GQD)))[0]
-        chosen_QGK = select_keys(score_QGT, k, select)
-        read_GQT = _mask(chosen_QGK, score_QGT.shape[2])
-        scanned = index.scanned_bytes(tail) + POSITION_BYTES * rows_read(read_GQT)
+        index.chosen = k / len(past.key_TD)
+        index.calibrate(past.sample.recent(), past.key_TD[None])  # for as many keys as are read
+        group, queries, _ = query_GQD.shape
+        read_GQT = torch.zeros(group, queries, len(past.key_TD), dtype=torch.bool)
+        rests = []
+        for at in range(queries):
+            query_HGD = query_GQD[None, :, at]
+            found = index.search(query_HGD, k, select, lambda first, end: ())
+            place_1GK = torch.where(found.position_HGK >= 0, found.position_HGK, found.position_HGK[..., :1]) - past.first
+            read_GQT[:, at].scatter_(1, place_1GK[0], True)
+            true_GT = (query_HGD[0] @ past.key_TD.T).masked_fill(~read_GQT[:, at], -torch.inf)
+            if tail:
+                rests.append(index.rest(query_HGD, found, true_GT.logsumexp(1)[None]))
+        scanned = index.scanned_bytes(tail, k) + POSITION_BYTES * rows_read(read_GQT)
         if not tail:
             return Answer(read_GQT, scanned)
-        position_QGK = torch.where(chosen_QGK >= 0, chosen_QGK + past.first, -1)
-        out_1RE, lse_1R = index.rest(query_1RD, Found(position_QGK.flatten(0, 1)[None], score_QGT.flatten(0, 1)[None]))
-        shape_QG = score_QGT.shape[:2]
-        rest = AttentionState(out_1RE[0].unflatten(0, shape_QG).transpose(0, 1), lse_1R[0].unflatten(0, shape_QG).T)
-        return Answer(read_GQT, scanned, rest)
+        return Answer(
+            read_GQT,
+            scanned,
+            AttentionState(torch.stack([rest.out[0] for rest in rests], 1), torch.stack([rest.lse[0] for rest in rests], 1)),
+        )
 
     return search
 
 
-def make_sketch(past: Past, units: int) -> SketchIndex:
+def make_sketch(past: Past, units: int, scanned: float = SCANNED) -> SketchIndex:
     """T is a multiple of BLOCK_TOKENS."""
     sample = past.sample
     prompt = Prompt(
-        past.key_TD[None], past.value_TE[None], sample.gram_HDD, sample.queries, sample.recent(), queries_per_kv=past.queries_per_kv
+        past.key_TD[None],
+        past.value_TE[None],
+        sample.gram_HDD,
+        sample.queries,
+        sample.recent(),
+        past.queries_per_kv,
+        len(past.key_TD) // 100,
     )
-    return build_sketch(past.first, prompt, units)
+    return build_sketch(past.first, prompt, units, SketchFacts().run_units(past.key_TD.shape[1]), scanned)
 
 
 def minmax_pages(past: Past) -> Search:
@@ -194,6 +209,8 @@ def searches(past: Past, group: bool) -> dict[str, Search]:
     }
     for other in (units // 2, units * 3 // 2):
         found[f"{OURS}, {4 * other} bytes a key"] = sketch(past, make_sketch(past, other))
+    for share in (SCANNED / 2, 2 * SCANNED, 1.0):
+        found[f"{OURS}, {share:.3g} of the runs looked at"] = sketch(past, make_sketch(past, units, share))
     found |= {
         PAGES: minmax_pages(past),
         CLUSTERS: clusters(past, 16, False),

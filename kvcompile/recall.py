@@ -283,7 +283,7 @@ def measure_group(
                 k=k,
                 recall=float(torch.cat(recalls).mean()),
                 output_error=float(torch.cat(errors).mean()),
-                scanned_share=(exactly + index.scanned_bytes(store.zone.tail) / kv_heads)
+                scanned_share=(exactly + index.scanned_bytes(store.zone.tail, k) / kv_heads)
                 / (store.tokens * (site.head_dim + site.value_dim) * ITEMSIZE[site.dtype]),
                 index_bytes=index.nbytes() / kv_heads,
                 build_s=build_s / kv_heads,

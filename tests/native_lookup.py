@@ -16,7 +16,7 @@ from kvcompile.ir.request import LookupRequest
 from kvcompile.runtime import reference
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.indexes.index import Prompt, RecentQueries
-from kvcompile.runtime.indexes.sketch import SketchIndex, build_sketch
+from kvcompile.runtime.indexes.sketch import build_sketch
 from kvcompile.runtime.merge import AttentionState
 from kvcompile.runtime.native import NativeKernels
 from kvcompile.runtime.native_lookup import SELECTS, Column, lookup_native, sketch_words
@@ -27,7 +27,8 @@ K = 24  # keys that the sketch is made for
 
 @dataclass(frozen=True)
 class Site:
-    """What one kernel is made for, the units of its sketches, and the share of keys that is looked at.  Its scale is large: few keys have most of the weight."""
+    """What one kernel is made for, the units of its sketches, and the share of keys that is looked at.  Its scale is large: few keys have
+    most of the weight."""
 
     head_dim: int
     value_dim: int

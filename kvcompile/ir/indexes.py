@@ -119,18 +119,18 @@ class SketchFacts:
 
     def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
         coordinates = self._coordinates(head_dim, options)
-        maps = 4 * head_dim * coordinates + 4 * RUN_AXES * (coordinates + value_dim) + 4 * value_dim + 8 + 44
-        return maps + self._search_bytes(head_dim, options)  # runtime/indexes/sketch_basis.py, and its gaps and error
+        maps = 4 * head_dim * coordinates + 4 * RUN_AXES * (coordinates + value_dim) + 4 * value_dim + 8 + 4
+        return maps + self._search_bytes(head_dim, options)  # runtime/indexes/sketch_basis.py, and the error
 
     def _coordinates(self, head_dim: int, options: Mapping[str, Any]) -> int:
         """At most so many coordinates are kept."""
         return -(-min(head_dim, 16 * self.units(head_dim, options)) // 16) * 16
 
     def _search_bytes(self, head_dim: int, options: Mapping[str, Any]) -> int:
-        """Centre and map of queries, and the steps of slots."""
+        """Centre and map of queries, the steps of slots, and gaps."""
         pairs = -(-head_dim // 2)
         slots = 16 * (self.units(head_dim, options) + self.run_units(head_dim))
-        return 4 * head_dim + 4 * pairs * self._coordinates(head_dim, options) + 4 * slots
+        return 4 * head_dim + 4 * pairs * self._coordinates(head_dim, options) + 4 * slots + 40
 
 
 def default_units(head_dim: int) -> int:

@@ -159,15 +159,19 @@ class SketchIndex:
         if len(self.parts) > 1 and self.parts[1].tokens > self.parts[0].tokens:
             return False
         spans = keys(self.first, self.first + self.parts[0].tokens)
-        key_HTD = spans[0].key_HTD if len(spans) == 1 else torch.cat([span.key_HTD for span in spans], 1)
-        measured = self.measured(recent, key_HTD)
-        if measured is None:
-            return True
-        self.gaps_HN, self.centres = measured.gaps_HN, replace(self.centres, bias_HR=measured.run_bias_HR)
-        return bool((measured.error_H <= _DRIFT * self.error_H.clamp_min(_SMALL_ERROR)).all())
+        error_H = self.calibrate(recent, spans[0].key_HTD if len(spans) == 1 else torch.cat([span.key_HTD for span in spans], 1))
+        return error_H is None or bool((error_H <= _DRIFT * self.error_H.clamp_min(_SMALL_ERROR)).all())
 
-    def measured(self, recent: RecentQueries, key_HTD: Tensor) -> Measured | None:
-        """What the queries find; None without any.  key_HTD: of the first part, in the order of positions."""
+    def calibrate(self, recent: RecentQueries, key_HTD: Tensor) -> Tensor | None:
+        """Measures biases and gaps; returns the error of guessed logits, or None without a query, and then nothing changes.  key_HTD: of
+        the first part, in the order of positions."""
+        measured = self._measured(recent, key_HTD)
+        if measured is None:
+            return None
+        self.gaps_HN, self.centres = measured.gaps_HN, replace(self.centres, bias_HR=measured.run_bias_HR)
+        return measured.error_H
+
+    def _measured(self, recent: RecentQueries, key_HTD: Tensor) -> Measured | None:
         rows = self.parts[0]
         recent = recent.thinned(QUERIES).behind(self._first + rows.tokens // 2)
         if recent.count == 0:
@@ -207,12 +211,12 @@ class SketchIndex:
         rows, centres = self.parts[0], self.centres
         near = near_runs(rows.runs, self.scanned, k)
         looked = [(rows, near / rows.runs), *((part, 1.0) for part in self.parts[1:])]
-        total = self.basis.search_nbytes() + sum(share * part.codes_HNUB.nbytes for part, share in looked)
-        if near < rows.runs or tail:
+        total = self.basis.search_nbytes() + self.gaps_HN.nbytes + sum(share * part.codes_HNUB.nbytes for part, share in looked)
+        if near < rows.runs:
             total += centres.codes_HSUB.nbytes + centres.bias_HR.nbytes
+            total += centres.mean_HSE.nbytes + centres.mean_scale_HS.nbytes if tail else 0
         if tail:
             total += sum(share * (part.mean_HRE.nbytes + part.mean_scale_HR.nbytes) for part, share in looked)
-            total += self.gaps_HN.nbytes + (centres.mean_HSE.nbytes + centres.mean_scale_HS.nbytes if near < rows.runs else 0)
         return math.ceil(total)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -284,10 +288,9 @@ def build_sketch(first: int, prompt: Prompt, units: int, run_units: int, scanned
     basis, rows, centres = encode_all(basis, first, key_HTD, value_HTE)
     gaps_HN, error_H = torch.zeros(heads, len(Gap)), torch.zeros(heads)
     index = SketchIndex(first, basis, prompt.soft_cap, notes, scanned, prompt.k / tokens, (rows,), centres, gaps_HN, error_H)
-    measured = index.measured(prompt.recent, key_HTD)
-    if measured is not None:
-        index.centres = replace(centres, bias_HR=measured.run_bias_HR)
-        index.gaps_HN, index.error_H = measured.gaps_HN, measured.error_H
+    measured_H = index.calibrate(prompt.recent, key_HTD)
+    if measured_H is not None:
+        index.error_H = measured_H
     return index
 
 

@@ -93,7 +93,9 @@ def fit_basis(first: int, key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, un
     weight_HT = key_weights(centred_HTD[:, ::stride], position_T, prompt.recent)
     kinds = {bits: steps(sample_HTC, weight_HT, bits) for bits in (4, 2)}
     power_HC = (sample_HTC.square() * weight_HT[..., None]).mean(1)
-    fine = [fine_units(power_HC[head], {bits: error_HC[head] for bits, (_, error_HC) in kinds.items()}, units) for head in range(len(key_HTD))]
+    fine = [
+        fine_units(power_HC[head], {bits: error_HC[head] for bits, (_, error_HC) in kinds.items()}, units) for head in range(len(key_HTD))
+    ]
     fine_H = torch.tensor(fine, dtype=torch.int64)
 
     used = max(FINE_COORDINATES * each + SLOTS * (units - each) for each in fine)

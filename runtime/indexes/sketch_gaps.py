@@ -108,7 +108,7 @@ def measure(
 
 def _gaps(true_HCT: Tensor, guess_HCT: Tensor, run_HCR: Tensor, scanned: float, chosen: float) -> Tensor:
     runs = run_HCR.shape[2]
-    k = max(1, round(chosen * runs * BLOCK_TOKENS))
+    k = min(max(1, round(chosen * runs * BLOCK_TOKENS)), runs * BLOCK_TOKENS)
     near = near_runs(runs, scanned, k)
     ranked_HCR = run_HCR.argsort(2, descending=True)
     is_near, is_low = (torch.zeros_like(run_HCR, dtype=torch.bool) for _ in range(2))

@@ -1,7 +1,7 @@
 """What a sketch keeps of keys: codes in the order of runs, and of whole runs their centres.
 
-Letters: H KV heads, T keys, N blocks of 16 keys, U units of a key, B = 64 bytes, R runs of BLOCK_TOKENS keys, S sixteens of runs, D head_dim,
-E value_dim, C coordinates.
+Letters: H KV heads, T keys, N blocks of 16 keys, U units of a key, B = 64 bytes, R runs of BLOCK_TOKENS keys, S sixteens of runs,
+D head_dim, E value_dim, C coordinates.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def encode_all(basis: Basis, first: int, key_HTD: Tensor, value_HTE: Tensor) -> 
     counted_S = torch.full((-(-runs // RUNS_TOGETHER),), float(RUNS_TOGETHER))
     counted_S[-1] -= -runs % RUNS_TOGETHER
     mean_HSE = torch.nn.functional.pad(mean_HRE, padding).unflatten(1, (-1, RUNS_TOGETHER)).sum(2) / counted_S[:, None]
-    centres = Centres(
-        pack(torch.nn.functional.pad(level_HRS, padding), basis.run_fine_H), torch.zeros(heads, runs), *_in_bytes(mean_HSE)
-    )
+    centres = Centres(pack(torch.nn.functional.pad(level_HRS, padding), basis.run_fine_H), torch.zeros(heads, runs), *_in_bytes(mean_HSE))
     return basis, rows, centres
 
 

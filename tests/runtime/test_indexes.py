@@ -14,10 +14,14 @@ from kvcompile.runtime.indexes.balanced import balanced_order
 from kvcompile.runtime.indexes.index import KeyIndex, Prompt, RecentQueries
 from kvcompile.runtime.indexes.registry import index_kind, load_index, save_index
 from kvcompile.runtime.indexes.select import select_keys
-from kvcompile.runtime.indexes.sketch import SketchIndex, _key_weights, build_sketch, pack, unpack
+from kvcompile.runtime.indexes.sketch import SketchIndex, build_sketch
+from kvcompile.runtime.indexes.sketch_basis import key_weights
+from kvcompile.runtime.indexes.sketch_codes import pack, unpack
+from kvcompile.runtime.indexes.sketch_gaps import Gap, guess_gap, low_runs, near_runs
 from kvcompile.runtime.spans import Span
 
 HEADS, GROUP = 2, 3
+K = 20  # keys that an index is made for
 
 
 @dataclasses.dataclass
@@ -44,6 +48,7 @@ class Past:
             asked_HND.shape[1],
             RecentQueries(asked_HND[:, -64:], torch.full((len(asked_HND[0, -64:]),), 1 << 20)),
             GROUP,
+            K,
         )
 
 
@@ -141,36 +146,39 @@ def test_flat_finds_the_best_keys():
     assert torch.equal(found.position_HGK, logit_HGT.topk(20, 2).indices.sort(2).values + 64)
 
 
-def sketch(given: Past, first: int, end: int, **other: int) -> SketchIndex:
-    return build_sketch(first, given.prompt(first, end), SKETCH.units(given.key_HTD.shape[2], {**other}))
+def sketch(given: Past, first: int, end: int, **other: float) -> SketchIndex:
+    prompt, dim = given.prompt(first, end), given.key_HTD.shape[2]
+    return build_sketch(first, prompt, SKETCH.units(dim, other), SKETCH.run_units(dim), SKETCH.scanned(other))
 
 
+@pytest.mark.parametrize(("scanned", "least"), [(0.25, 0.75), (1.0, 0.9)])
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
-def test_a_sketch_finds_what_matters(dim):
+def test_a_sketch_finds_what_matters(dim, scanned, least):
     given = past(dim=dim)
-    index = sketch(given, 64, 960)
+    index = sketch(given, 64, 960, scanned=scanned)
     query_HGD = given.query_HND[:, 500 : 500 + GROUP]
     found_HGK = index.search(query_HGD, 200, "per_query_head", given.keys).position_HGK
     best_HGK = (query_HGD @ given.key_HTD[:, 64:960].transpose(1, 2)).topk(50, 2).indices + 64
     recall = (best_HGK[..., None] == found_HGK[..., None, :]).any(3).float().mean()
-    assert recall > 0.9
+    assert recall > least
 
 
-def test_what_is_found_and_the_estimate_of_the_rest_are_nearly_the_attention():
+@pytest.mark.parametrize(("scanned", "most"), [(0.25, 0.35), (1.0, 0.25)])
+def test_what_is_found_and_the_estimate_of_the_rest_are_nearly_the_attention(scanned, most):
     given = past()
     given.query_HND /= 8  # flat: most of the weight is not read
-    index = sketch(given, 0, 1024)
+    index = sketch(given, 0, 1024, scanned=scanned)
     query_HGD = given.query_HND[:, 500 : 500 + GROUP]
     found = index.search(query_HGD, 20, "union", given.keys)
     expected, expected_lse = attention(query_HGD, given.key_HTD, given.value_HTE)
     seen_HT = torch.zeros(HEADS, 1025, dtype=torch.bool).scatter_(1, found.position_HGK[:, 0] % 1025, True)[:, :1024]
     logit_HGT = (query_HGD.double() @ given.key_HTD.double().transpose(1, 2)).masked_fill(~seen_HT[:, None], -torch.inf)
-    rest = index.rest(query_HGD, found)
+    rest = index.rest(query_HGD, found, logit_HGT.logsumexp(2).float())
     lse_HG = torch.logaddexp(logit_HGT.logsumexp(2), rest.lse.double())
     out = torch.exp(logit_HGT - lse_HG[..., None]) @ given.value_HTE.double() + torch.exp(rest.lse - lse_HG)[..., None] * rest.out
     without = torch.softmax(logit_HGT, 2) @ given.value_HTE.double()
     error, error_without = ((each - expected).norm(dim=2).mean() / expected.norm(dim=2).mean() for each in (out, without))
-    assert error < 0.25 * error_without
+    assert error < most * error_without
     assert (lse_HG - expected_lse).abs().max() < 0.2  # as measured: the estimate is no bound
 
 
@@ -178,22 +186,23 @@ def test_the_estimate_of_nothing_is_empty():
     given = past()
     index = sketch(given, 0, 512)
     query_HGD = given.query_HND[:, :GROUP]
-    rest = index.rest(query_HGD, index.search(query_HGD, 512, "union", given.keys))
+    rest = index.rest(query_HGD, index.search(query_HGD, 512, "union", given.keys), torch.zeros(HEADS, GROUP))
     assert (rest.lse == -torch.inf).all() and (rest.out == 0).all()
 
 
 def test_a_bias_that_was_not_measured_is_zero():
     given = past()
     prompt = dataclasses.replace(given.prompt(0, 512), recent=RecentQueries(torch.zeros(HEADS, 0, 64), torch.zeros(0, dtype=torch.int64)))
-    assert (build_sketch(0, prompt, 2).basis.bias_H == 0).all()
+    index = build_sketch(0, prompt, 2, 2, 0.25)
+    assert (index.gaps_HN == 0).all() and (index.centres.bias_HR == 0).all()
 
 
 def test_few_queries_are_said_and_still_serve():
     given = past()
-    few = build_sketch(0, given.prompt(0, 1024, queries=5), 2)
+    few = build_sketch(0, given.prompt(0, 1024, queries=5), 2, 2, 0.25)
     assert "5 queries" in few.notes[0]
     assert not sketch(given, 0, 1024).notes
-    none = build_sketch(0, given.prompt(0, 1024, queries=0), 2)
+    none = build_sketch(0, given.prompt(0, 1024, queries=0), 2, 2, 0.25)
     query_HGD = given.query_HND[:, 500 : 500 + GROUP]
     best_HGK = (query_HGD @ given.key_HTD.transpose(1, 2)).topk(20, 2).indices
     for index in (few, none):
@@ -209,11 +218,12 @@ def test_equal_keys_and_no_value_give_finite_numbers():
         0,
         RecentQueries(torch.ones(1, 4, 16), torch.full((4,), 99)),
         2,
+        3,
     )
-    index = build_sketch(0, prompt, 1)
+    index = build_sketch(0, prompt, 1, 1, 0.25)
     query_HGD = torch.randn(1, 2, 16)
     found = index.search(query_HGD, 3, "union", lambda first, end: ())
-    rest = index.rest(query_HGD, found)
+    rest = index.rest(query_HGD, found, torch.zeros(1, 2))
     assert rest.out.isfinite().all() and rest.lse.isfinite().all()
 
 
@@ -253,7 +263,7 @@ def test_a_sketch_keeps_what_it_was_made_from():
     assert index.end == 544
     fresh = sketch(given, 0, 512)
     fresh.add(given.key_HTD[:, 512:544], given.value_HTE[:, 512:544])
-    assert torch.equal(index.scores(query_HGD), fresh.scores(query_HGD))
+    assert torch.equal(index.scores(query_HGD, K), fresh.scores(query_HGD, K))
     index.rollback(480)
     assert index.end == 512
 
@@ -263,7 +273,7 @@ def test_what_is_learnt_of_a_key_comes_from_later_queries():
     early = RecentQueries(given.query_HND[:, 500:564], torch.full((64,), 700))
     changed = dataclasses.replace(given, key_HTD=given.key_HTD.clone())
     changed.key_HTD[:, 701:] *= 7
-    weights = [_key_weights(each.key_HTD, torch.arange(1024), early) for each in (given, changed)]
+    weights = [key_weights(each.key_HTD, torch.arange(1024), early) for each in (given, changed)]
     assert torch.equal(weights[0][:, :701], weights[1][:, :701])
 
 
@@ -275,7 +285,7 @@ def test_added_one_block_at_a_time_or_all_the_same_keys_are_covered():
     both = sketch(given, 0, 512)
     both.add(given.key_HTD[:, 512:576], given.value_HTE[:, 512:576])
     query_HGD = given.query_HND[:, :GROUP]
-    torch.testing.assert_close(one.scores(query_HGD), both.scores(query_HGD))
+    torch.testing.assert_close(one.scores(query_HGD, K), both.scores(query_HGD, K))
 
 
 def test_queries_that_drift_are_noticed():
@@ -361,6 +371,73 @@ def test_bytes_are_what_the_plan_counts():
     given = past(dim=64)
     index = sketch(given, 0, 512)
     counted = SKETCH.bytes_per_token(64, 64, 2, {})
-    assert index.scanned_bytes(tail=False) == HEADS * (512 * counted.searched + counted.search_fixed)
-    assert index.scanned_bytes(tail=True) == HEADS * (512 * (counted.searched + counted.estimated) + counted.search_fixed)
-    assert index.nbytes() == HEADS * (512 * counted.held + SKETCH.fixed_bytes(64, 64, {}))
+    fewer = 64 - index.basis.key_HDC.shape[2]  # coordinates that the plan counts and this prompt has no use for
+    fixed = counted.search_fixed - 4 * 32 * fewer
+    assert index.scanned_bytes(False, K) == HEADS * (512 * counted.searched + fixed)
+    assert index.scanned_bytes(True, K) == HEADS * (512 * (counted.searched + counted.estimated) + fixed)
+    assert index.nbytes() == HEADS * (512 * counted.held + SKETCH.fixed_bytes(64, 64, {}) - 4 * (64 + 24 + 32) * fewer)
+
+
+# --- the estimate, by its definition -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("added", [0, 64])
+def test_the_rest_is_what_its_definition_says(added):
+    """One query at a time, in float64, from the index's own numbers."""
+    given = past(1600)
+    index = sketch(given, 0, 1280)
+    if added:
+        index.add(given.key_HTD[:, 1280 : 1280 + added], given.value_HTE[:, 1280 : 1280 + added])
+    query_HGD = given.query_HND[:, :GROUP]
+    found = index.search(query_HGD, K, "per_query_head", given.keys)
+    read_lse_HG = torch.randn(HEADS, GROUP)
+    rest = index.rest(query_HGD, found, read_lse_HG)
+    ranked = index.rank(query_HGD, K)
+    near = near_runs(40, 0.25, K)
+    assert near == 10 and (ranked.near_HR.sum(1) == near).all() and (ranked.low_HR.sum(1) == low_runs(near)).all()
+    for head in range(HEADS):
+        gaps_1N = index.gaps_HN[head : head + 1]
+        rows = torch.cat([part.position_HT[head] for part in index.parts]).unflatten(0, (-1, BLOCK_TOKENS))
+        means = torch.cat([part.mean_HRE[head].double() * part.mean_scale_HR[head][:, None] for part in index.parts])
+        together = index.centres.mean_HSE[head].double() * index.centres.mean_scale_HS[head][:, None]
+        low = rows[:40][ranked.low_HR[head]].flatten().long()
+        for query in range(GROUP):
+            score_T, run_R = found.score_HGT[head, query].double(), ranked.score_HGR[head, query].double()
+            chosen_K = found.position_HGK[head, query]
+            x = read_lse_HG[head, query] - score_T[chosen_K].logsumexp(0)
+            gap = guess_gap(gaps_1N, Gap.NEAR_MEAN, x.float().view(1, 1)).item()
+            terms = []  # (logit, value)
+            for run, positions in enumerate(rows.tolist()):
+                if run >= 40 or ranked.near_HR[head, run]:
+                    terms += [(score_T[at] + gap, means[run]) for at in positions if at not in chosen_K]
+            x = score_T[low].logsumexp(0) + gaps_1N[0, Gap.NEAR_MEAN] - run_R[ranked.low_HR[head]].logsumexp(0)
+            gap = guess_gap(gaps_1N, Gap.FAR_MEAN, x.float().view(1, 1)).item()
+            terms += [(run_R[run] + gap, together[run // 16]) for run in range(40) if not ranked.near_HR[head, run]]
+            logits, values = torch.stack([logit for logit, _ in terms]), torch.stack([value for _, value in terms])
+            torch.testing.assert_close(rest.lse[head, query].double(), logits.logsumexp(0), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(rest.out[head, query].double(), torch.softmax(logits, 0) @ values, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_that_are_not_looked_at_hold_no_chosen_key():
+    given = past()
+    index = sketch(given, 0, 1024)
+    query_HGD = given.query_HND[:, :GROUP]
+    found = index.search(query_HGD, K, "union", given.keys)
+    looked_HT = (found.score_HGT > -torch.inf)[:, 0]
+    assert (looked_HT.sum(1) == 8 * BLOCK_TOKENS).all()
+    assert all(looked_HT[head, at] for head in range(HEADS) for at in found.position_HGK[head, 0].tolist() if at >= 0)
+    everything = sketch(given, 0, 1024, scanned=1.0)
+    assert (everything.search(query_HGD, K, "union", given.keys).score_HGT > -torch.inf).all()
+
+
+def test_what_is_learnt_of_runs_comes_from_later_queries():
+    """TRAPS 22: a query is asked only about keys before it."""
+    given = past()
+    changed = dataclasses.replace(given, key_HTD=given.key_HTD.clone())
+    changed.key_HTD[:, 901:] *= 7
+    index = sketch(given, 0, 1024)
+    recent = RecentQueries(given.query_HND[:, 500:564], torch.full((64,), 900))
+    index.calibrate(recent, given.key_HTD)
+    gaps_HN, bias_HR = index.gaps_HN, index.centres.bias_HR
+    index.calibrate(recent, changed.key_HTD)
+    assert torch.equal(index.gaps_HN, gaps_HN) and torch.equal(index.centres.bias_HR, bias_HR)
