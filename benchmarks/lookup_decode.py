@@ -33,6 +33,7 @@ TEXT = Source("smollm2_all", "SmolLM2-135M, every layer", lambda: SMOLLM2, 8192,
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {},
     "lookup 1%": {"k": "1%", "index": "sketch", "tail": True},
+    "lookup 0.5%": {"k": "0.5%", "index": "sketch", "tail": True},
     "lookup 0.25%": {"k": "0.25%", "index": "sketch", "tail": True},
 }
 
