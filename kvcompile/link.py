@@ -89,7 +89,7 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
 
 def kernel_sources(graph: torch.fx.GraphModule, plan: Plan) -> dict[str, str]:
     """The kernels that a plan and its outlined graph ask for, C++ or Triton, as text by file name; nothing is built."""
-    asked = [group.request for site in plan.sites for group in site.groups if group.request is not None]
+    asked = [request for site in plan.sites for group in site.groups for request in group.requests]
     requests = [request for request in _requests(graph, (plan,)) if refusal(request) is None] if _on_cpu(plan) else []
     return {**{source.name: source.text for source in map(render, requests)}, **triton_sources(asked)}
 
@@ -115,7 +115,7 @@ def _isa(spec: Spec) -> Isa:
 def _requests(graph: torch.fx.GraphModule, plans: Iterable[Plan]) -> list[Request]:
     """Every request once, by content hash; those of the linear layers are the last."""
     groups = [group for plan in plans for site in plan.sites for group in site.groups]
-    wanted = {group.request.key: group.request for group in groups if group.request is not None and group.device == "cpu"}
+    wanted = {request.key: request for group in groups if group.device == "cpu" for request in group.requests}
     linears = [LinearRequest("linears", "cpu", dtype, GEMV_TOKENS) for dtype in sorted(_linear_dtypes(graph))]
     return [*(request for _, request in sorted(wanted.items())), *linears]
 

@@ -255,6 +255,7 @@ def _site_dict(site: SitePlan, contexts: Sequence[int]) -> dict[str, Any]:
                 "store": group.policy.store.describe() or site.site.dtype,
                 "device": group.device,
                 "kernel": group.request.key if group.request else None,
+                "lookup_kernel": group.lookup.key if group.lookup else None,
             }
             for group in site.groups
         ],

@@ -15,7 +15,7 @@ from kvcompile.ir.unit import Unit
 
 @dataclass(frozen=True)
 class RequestKernels:
-    """One request for each group of KV heads that a kernel can serve; equal groups of other layers ask for the same."""
+    """The requests of each group of KV heads that kernels can serve; equal groups of other layers ask for the same."""
 
     name: str = "request_kernels"
     requires: tuple[str, ...] = ("place",)
@@ -23,8 +23,7 @@ class RequestKernels:
     def run(self, unit: Unit) -> Unit:
         assert unit.plan is not None
         sites = tuple(
-            replace(site, groups=tuple(replace(group, request=_request(site.site, group)) for group in site.groups))
-            for site in unit.plan.sites
+            replace(site, groups=tuple(_with_requests(site.site, group) for group in site.groups)) for site in unit.plan.sites
         )
         return replace(unit, plan=replace(unit.plan, sites=sites))
 
@@ -33,23 +32,34 @@ class RequestKernels:
         assert all(group.request is not None or group.policy.found for site in unit.plan.sites for group in site.groups)
 
 
-def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest | LookupRequest | None:
-    """None for what only torch does: chosen keys, and indexes without a kernel."""
-    found, window = group.policy.found, group.policy.window
-    if found is not None:
-        if not isinstance(found, TopK) or found.index != SKETCH.name or group.policy.store.quantised is not None:
-            return None
-        return LookupRequest(
-            kind="lookup",
-            device=group.device,
-            head_dim=site.head_dim,
-            value_dim=site.value_dim,
-            queries_per_kv=site.queries_per_kv,
-            dtype=site.dtype,
-            store_dtype=group.policy.store.dtype or site.dtype,
-            scale=site.scale,
-            soft_cap=site.soft_cap,
-        )
+def _with_requests(site: AttentionSite, group: HeadGroup) -> HeadGroup:
+    if group.policy.found is not None and group.policy.store.quantised is not None:
+        return group  # torch reads quantised stores that keys are found in, prompts and single tokens
+    return replace(group, request=_request(site, group), lookup=_lookup(site, group))
+
+
+def _lookup(site: AttentionSite, group: HeadGroup) -> LookupRequest | None:
+    """None where nothing is looked up, and of indexes without a kernel."""
+    found = group.policy.found
+    if not isinstance(found, TopK) or found.index != SKETCH.name:
+        return None
+    return LookupRequest(
+        kind="lookup",
+        device=group.device,
+        head_dim=site.head_dim,
+        value_dim=site.value_dim,
+        queries_per_kv=site.queries_per_kv,
+        dtype=site.dtype,
+        store_dtype=group.policy.store.dtype or site.dtype,
+        scale=site.scale,
+        soft_cap=site.soft_cap,
+    )
+
+
+def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest:
+    """Where keys are found, a prompt sees all its past."""
+    found = group.policy.found
+    window = group.policy.window if found is None else None
     sink_tokens, recent_tokens = (0, None) if window is None else (window.sink_tokens, window.recent_tokens)
     return KernelRequest(
         kind="attend_spans",
@@ -69,6 +79,7 @@ def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest | LookupReq
         alibi=bool(site.slopes),
         cache_index=group.policy.positions == "cache_index",
         store_quantised=_quantised(group.policy),
+        key_layout="blocks" if found is None else "rows",
     )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
 from kvcompile.ir.policy import HeadPolicy, Int8, Kivi, SinkRecent, Static, TopK
-from kvcompile.ir.request import KernelRequest
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.ir.spec import Spec
 from kvcompile.ir.store_bytes import quantised_in
@@ -32,7 +31,7 @@ from kvcompile.runtime.program import Program
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.session import Session, Tokens, as_token_ids
 from kvcompile.runtime.static import StaticStore
-from kvcompile.runtime.store import KVStore
+from kvcompile.runtime.store import KVStore, RowStore
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ class CompiledModel:
         Groups for which no kernel was built run in torch, and a warning says so.
         """
         groups = [group for site in plan.sites for group in site.groups]
-        without = sum(not self.kernels.serve(group) for group in groups)
+        kernels = self.kernels
+        without = sum(not (kernels.serve(group) or kernels.read_prompts(group) or kernels.look_up(group)) for group in groups)
         warnings = self.warnings
         if without and self.kernels.keys:
             groups_without = f"{without} of {len(groups)} groups of KV heads"
@@ -201,17 +201,47 @@ class PackedCall:
         last_only = final and self.only_last
         out = query.new_empty(1, len(self.sessions) if last_only else query.shape[2], query.shape[1], value.shape[3])
         native = self.model.native_sites[site]
-        if native.some:
-            tables = [table.sites[site] for table in self.tables]
-            learnt = None if sinks is None else sinks.float()
+        learnt = None if sinks is None else sinks.float()
+        tables = [table.sites[site] for table in self.tables] if native.some else []
+        if native.reads_prompts and (self.prompt or max(self.lengths) > 1) and len(prompts := self._prompts(site, query, last_only)):
+            tables.append(prompts)
+        if tables:
             attend_native(query, key, value, learnt, tables, native.kv_heads, out, sink_query=sink_query, slopes=native.slopes)
-        if native.looks_up:
-            table = self._lookups(site, query, last_only)
-            if len(table):
-                lookup_native(query, key, value, None if sinks is None else sinks.float(), [table], native.kv_heads, out)
-        if native.rest or (native.looks_up and (self.prompt or max(self.lengths) > 1)):
+        if native.looks_up and len(lookups := self._lookups(site, query, last_only)):
+            lookup_native(query, key, value, learnt, [lookups], native.kv_heads, out)
+        if native.rest:
             self._attend_in_torch(site, query, key, value, sinks, sink_query, last_only, out)
         return out
+
+    def _prompts(self, site: int, query: Tensor, last_only: bool) -> Tensor:
+        """Rows of the attending operator's table: of each session that reads a prompt, the groups that find keys and whose prompts a kernel
+        reads."""
+        plan, kernels = self.model.plan.sites[site], self.model.kernels
+        by_kv_head = (plan.site.kv_heads, plan.site.queries_per_kv)
+        table: list[list[int]] = []
+        start = 0
+        for row, (session, before, length) in enumerate(zip(self.sessions, self.before, self.lengths, strict=True)):
+            query_KGSD = query[0, :, start : start + length].unflatten(0, by_kv_head)
+            skip, out_row = (length - 1, row) if last_only else (0, start)
+            head = 0
+            for group, store in zip(plan.groups, session.stores(site), strict=True):
+                rows = self._prompt_rows(group, store, length)
+                if rows is not None:
+                    assert isinstance(store, LookupStore | StaticStore)
+                    rows.advance(length)
+                    store.observe(query_KGSD[_as_index(group.kv_heads)], before)
+                    name, heads = kernels.number(group.request), len(group.kv_heads)
+                    table.append([name, rows.descriptor(), head, heads, start, length, skip, out_row, before])
+                head += len(group.kv_heads)
+            start += length
+        return torch.tensor(table, dtype=torch.int64)
+
+    def _prompt_rows(self, group: HeadGroup, store: KVStore, length: int) -> RowStore | None:
+        """Where the past of a prompt lies that a kernel reads for a group whose keys are found; None where there is no such prompt."""
+        if not (self.prompt or length > 1) or not self.model.kernels.read_prompts(group):
+            return None
+        assert isinstance(store, LookupStore | StaticStore)
+        return store.rows  # None where a static zone has chosen: it has let the rest go
 
     def _lookups(self, site: int, query: Tensor, last_only: bool) -> Tensor:
         """The table of the operator that looks keys up: of each session with one new token that is no prompt, the groups with a kernel."""
@@ -228,7 +258,7 @@ class PackedCall:
                     index = store.refresh()
                     query_KG1D = query[0, :, start : start + 1].unflatten(0, by_kv_head)
                     store.observe(query_KG1D[_as_index(group.kv_heads)], before)
-                    name = kernels.number(group)
+                    name = kernels.number(group.lookup)
                     rows.append(lookup_row(name, store, index, head, len(group.kv_heads), start, row if last_only else start, before))
                 head += len(group.kv_heads)
             start += length
@@ -256,7 +286,7 @@ class PackedCall:
         last_only: bool,
         out: Tensor,
     ) -> None:
-        """The groups that have no C++ kernel."""
+        """The groups that have no C++ kernel for what their session does."""
         plan = self.model.plan.sites[site]
         facts = plan.site
         by_kv_head = (facts.kv_heads, facts.queries_per_kv)
@@ -269,6 +299,8 @@ class PackedCall:
             out_SKGE = out[0, row : row + length - skip].unflatten(1, by_kv_head)
             for group, store in zip(plan.groups, session.stores(site), strict=True):
                 if self.model.kernels.serve(group) or self._looks_up(group, length):
+                    continue
+                if self._prompt_rows(group, store, length) is not None:
                     continue
                 heads = _as_index(group.kv_heads)
                 new = _NewTokens(
@@ -319,7 +351,7 @@ class _NewTokens(NamedTuple):
             store.observe(self.query_HGSD, self.before)  # behind it: an index is learnt from what came before
             return attend_prompt(store, asked_HGSD, first) if index is None else attend_lookup(store, asked_HGSD, index)
         request = group.request
-        assert isinstance(request, KernelRequest)
+        assert request is not None, f"{facts.path}: nothing says what its keys are attended to as"
         sink_query_HGSD = None
         if request.cache_index:
             assert self.sink_query_HGSD is not None, f"{facts.path}: nothing made the query that the sinks are shown"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, TargetError
 from kvcompile.ir.plan import HeadGroup, Plan
-from kvcompile.ir.request import KernelRequest, LookupRequest
+from kvcompile.ir.request import Request
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.store import KVStore
 
@@ -48,20 +48,24 @@ class NativeKernels:
     variant: int = 0
 
     def serve(self, group: HeadGroup) -> bool:
-        """Whether a group of KV heads is attended to by a C++ kernel that reads all that is visible."""
-        return self._has(group) and isinstance(group.request, KernelRequest)
+        """Whether a C++ kernel attends for a group of KV heads, whose keys are not found but all visible ones."""
+        return group.policy.found is None and self._has(group, group.request)
+
+    def read_prompts(self, group: HeadGroup) -> bool:
+        """Whether a C++ kernel reads the prompts of a group of KV heads whose keys are found."""
+        return group.policy.found is not None and self._has(group, group.request)
 
     def look_up(self, group: HeadGroup) -> bool:
         """Whether a C++ kernel attends to what an index finds for a group of KV heads."""
-        return self._has(group) and isinstance(group.request, LookupRequest)
+        return self._has(group, group.lookup)
 
-    def _has(self, group: HeadGroup) -> bool:
-        return group.device == "cpu" and group.request is not None and group.request.key in self.keys
+    def _has(self, group: HeadGroup, request: Request | None) -> bool:
+        return group.device == "cpu" and request is not None and request.key in self.keys
 
-    def number(self, group: HeadGroup) -> int:
-        """What the operators' tables call the kernel of a group."""
-        assert group.request is not None
-        return _signed(int(self.name(group.request.key), 16))
+    def number(self, request: Request | None) -> int:
+        """What the operators' tables call a request's kernel."""
+        assert request is not None
+        return _signed(int(self.name(request.key), 16))
 
     def name(self, key: str) -> str:
         """What the operators call the kernel of request `key`: 16 hexadecimal digits."""
@@ -121,8 +125,7 @@ class NativeTable:
             head = count = 0
             for group, store in zip(site.groups, its_stores, strict=True):
                 if kernels.serve(group):
-                    assert group.request is not None
-                    rows.append([kernels.number(group), 0, head, len(group.kv_heads), 0, 0, 0, 0, 0])
+                    rows.append([kernels.number(group.request), 0, head, len(group.kv_heads), 0, 0, 0, 0, 0])
                     (self._rings if isinstance(store, RingStore) else self._growing).append((len(rows) - 1, store))
                     count += 1
                 head += len(group.kv_heads)
@@ -164,12 +167,14 @@ class NativeTable:
 class NativeSite(NamedTuple):
     """kv_heads: those of a site in the order of its groups, int64.
 
-    some, looks_up, rest: whether it has groups that kernels serve, that a kernel looks keys up for, and that have none.
+    some, reads_prompts, looks_up: whether it has groups that kernels serve, whose prompts alone a kernel reads, and that a kernel looks
+    keys up for.  rest: whether it has groups for which torch does one or the other.
     slopes: float32 [query_heads] of a site with ALiBi.
     """
 
     kv_heads: Tensor
     some: bool
+    reads_prompts: bool
     looks_up: bool
     rest: bool
     slopes: Tensor | None
@@ -179,11 +184,13 @@ def native_sites(plan: Plan, kernels: NativeKernels) -> list[NativeSite]:
     """What the kernels serve of each site."""
     found = []
     for site in plan.sites:
-        served, looked_up = ([has(group) for group in site.groups] for has in (kernels.serve, kernels.look_up))
-        rest = sum(served) + sum(looked_up) < len(site.groups)
+        served, prompts, looked_up = (
+            [has(group) for group in site.groups] for has in (kernels.serve, kernels.read_prompts, kernels.look_up)
+        )
+        rest = not all(every or (prompt and single) for every, prompt, single in zip(served, prompts, looked_up, strict=True))
         kv_heads = torch.tensor([head for group in site.groups for head in group.kv_heads], dtype=torch.int64)
         slopes = torch.tensor(site.site.slopes, dtype=torch.float32) if site.site.slopes else None
-        found.append(NativeSite(kv_heads, any(served), any(looked_up), rest, slopes))
+        found.append(NativeSite(kv_heads, any(served), any(prompts), any(looked_up), rest, slopes))
     return found
 
 

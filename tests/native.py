@@ -31,7 +31,7 @@ Strides: TypeAlias = Literal["heads", "tokens", "gaps"]
 class Attention:
     """A site.  groups: the KV heads of each policy, in the order of the plan.
 
-    cache_index: its sink + recent heads show another query to the sinks.
+    cache_index: its sink + recent heads show another query to the sinks.  key_layout: of its stores, KernelRequest's.
     """
 
     dtype: str
@@ -48,6 +48,7 @@ class Attention:
     alibi: bool = False
     cache_index: bool = False
     quantised: Int8 | Kivi | None = None
+    key_layout: Literal["blocks", "rows"] = "blocks"
 
     @property
     def kv_heads(self) -> int:
@@ -114,6 +115,7 @@ class Attention:
             alibi=self.alibi,
             cache_index=self.shows_sinks(zone),
             store_quantised=self._store_quantised(),
+            key_layout=self.key_layout,
         )
 
     def _store_quantised(self) -> str:
@@ -190,7 +192,8 @@ class Reader:
         self.text, self.kernels, self.read = text, kernels, read
         plan = text.attention.plan(text.isa)
         (site,) = plan.sites
-        self.stores = [make_store(site, group, True) for group in site.groups] if stores is None else stores
+        in_blocks = text.attention.key_layout == "blocks"
+        self.stores = [make_store(site, group, in_blocks) for group in site.groups] if stores is None else stores
         self.table = NativeTable(plan, kernels, [self.stores])
         self.site = native_sites(plan, kernels)[0]
         self.heads = self.site.kv_heads
@@ -300,5 +303,10 @@ SITES: dict[str, Attention] = {
     "cache_index_300": Attention(
         "bfloat16", "bfloat16", 192, 128, 2, (((0,), SinkRecent(4, 300)),), soft_cap=50.0, learnt_sinks=True, cache_index=True
     ),
+    "rows": Attention("float32", "float32", 16, 16, 3, (((0, 2), ALL), ((1,), ALL)), key_layout="rows"),
+    "rows_bf16": Attention("bfloat16", "bfloat16", 64, 64, 3, (((1, 0), ALL),), capacity_tokens=100, key_layout="rows"),
+    "rows_tails": Attention("float32", "bfloat16", 90, 50, 8, (((0,), ALL),), learnt_sinks=True, capacity_tokens=61, key_layout="rows"),
+    "rows_capped": Attention("bfloat16", "float32", 27, 40, 1, (((0, 1), ALL),), soft_cap=30.0, capacity_tokens=300, key_layout="rows"),
+    "rows_wide": Attention("bfloat16", "bfloat16", 256, 256, 16, (((0,), ALL),), learnt_sinks=True, soft_cap=50.0, key_layout="rows"),
     "many_sinks": Attention("float32", "bfloat16", 64, 17, 9, (((0,), SinkRecent(300, 1)),), rollback_tokens=8, cache_index=True),
 }

@@ -14,6 +14,7 @@ import kvcompile
 from kvcompile.ir.indexes import MIN_INDEXED_TOKENS
 from kvcompile.runtime.lookup import LookupStore
 from kvcompile.runtime.model import CompiledModel
+from kvcompile.runtime.native import Column, attend_native
 from kvcompile.runtime.static import StaticStore
 
 VOCABULARY = 256
@@ -64,6 +65,76 @@ def test_a_prompt_is_read_with_all_its_past_whatever_its_chunks(zone, kernels):
         session = compiled(zone, kernels).session()
         found = torch.cat([session.prefill(part, logits="all") for part in tokens.split(chunk)])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("zone", ZONES)
+def test_a_kernel_reads_the_prompts(monkeypatch, zone):
+    model = compiled(zone)
+    called: list[int] = []
+
+    def counted(query: Any, key: Any, value: Any, learnt: Any, tables: Any, *rest: Any, **options: Any) -> None:
+        called.extend(row[Column.KERNEL] for table in tables for row in table.tolist())
+        attend_native(query, key, value, learnt, tables, *rest, **options)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("torch attends")
+
+    monkeypatch.setattr(kvcompile.runtime.model, "attend_native", counted)
+    monkeypatch.setattr(kvcompile.runtime.model._NewTokens, "attend", fail)
+    session = model.session()
+    session.prefill(ids(70))
+    session.prefill(ids(1))
+    number = model.kernels.number(model.plan.sites[0].groups[0].request)
+    assert model.kernels.number(model.plan.sites[1].groups[1].request) != number
+    assert called.count(number) == 4
+    assert len(called) == 6
+
+
+@pytest.mark.parametrize("zone", ["sketch", "flat", "static"])
+def test_the_queries_of_a_prompt_are_sampled_whoever_reads_it(zone):
+    tokens, found = ids(PROMPT), []
+    for kernels in ("generated", "torch"):
+        session = compiled(zone, kernels).session()
+        for part in tokens.split(200):
+            session.prefill(part)
+        found.append([session.stores(site)[0].sample for site in (0, 1)])
+    for sampled, other in zip(*found, strict=True):
+        assert sampled.queries == other.queries > 0
+        torch.testing.assert_close(sampled.gram_HDD, other.gram_HDD, rtol=1e-4, atol=1e-4)
+        assert torch.equal(sampled.recent().position_C, other.recent().position_C)
+        torch.testing.assert_close(sampled.recent().query_HCD, other.recent().query_HCD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("zone", ["sketch", "flat", "static"])
+def test_one_session_reads_a_prompt_while_another_steps(zone):
+    model = compiled(zone)
+    tokens, other = ids(PROMPT + 1), ids(PROMPT, seed=1)
+    session, beside = model.session(), model.session()
+    session.prefill(tokens[:PROMPT])
+    beside.prefill(other[:100])
+    alone, beside_alone = session.fork(), beside.fork()
+    both = [(beside, other[100:]), (session, tokens[PROMPT:])]
+    found = model.forward(both)
+    torch.testing.assert_close(found[0], beside_alone.prefill(other[100:]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], alone.step(int(tokens[PROMPT])), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(beside.step(3), beside_alone.step(3), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("zone", ["sketch", "flat", "static"])
+def test_forks_and_rollbacks_of_a_prompt_are_as_if_it_were_read_at_once(zone):
+    model = compiled(zone, rollback=70)
+    tokens, other = ids(PROMPT), ids(PROMPT, seed=2)
+    whole = model.session().prefill(tokens, logits="all")
+    session = model.session()
+    session.prefill(tokens[:301])
+    child = session.fork()
+    session.prefill(other[:70])
+    grandchild = child.fork()
+    child.prefill(tokens[301:])
+    session.rollback(70)
+    for each in (session, grandchild):
+        found = torch.cat([each.prefill(part, logits="all") for part in (tokens[301:308], tokens[308:])])
+        torch.testing.assert_close(found, whole[301:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernels", ["generated", "torch"])
@@ -158,6 +229,8 @@ def test_a_failed_call_leaves_the_session_as_it_was(monkeypatch, kernels):
         patch.setattr(LookupStore, "observe", fail)
         with pytest.raises(KeyboardInterrupt):
             session.step(3)
+        with pytest.raises(KeyboardInterrupt):
+            session.prefill(tokens[:30])
     assert len(session) == PROMPT + 5
     assert torch.equal(steps(session, tokens[PROMPT + 5 :]), expected)
 

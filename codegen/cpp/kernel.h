@@ -4,6 +4,7 @@
 //   float     [block][head_dim][16]
 //   bfloat16  [block][head_dim / 2][16][2]     two channels of a token are one 32-bit lane
 // Values are stored a token a row: [slot][value_dim].  Token `slot` has the lane slot % 16 of block slot / 16.
+// Kernels of policies that find keys are given keys a token a row too: [slot][head_dim] (key_rows.h).
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@ constexpr int64_t kChunkTokens = 256;  // keys under one softmax: a chunk's stat
 
 // Keys and values of one KV head at contiguous positions.
 struct KvcPiece {
-  const void *key;    // of slot 0, in blocks
+  const void *key;    // of slot 0
   const void *value;  // of slot 0
   int64_t slot;       // of the first token
   int64_t tokens;

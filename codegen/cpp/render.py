@@ -16,6 +16,7 @@ HEADERS = (
     "vector.h",
     "rows.h",
     "quantised.h",
+    "key_rows.h",
     "whole.h",
     "sketch_scan.h",
     "sketch_choice.h",
@@ -87,6 +88,7 @@ def render(request: Request) -> KernelSource:
             "query_type": _TYPES[request.dtype],
             "store_type": _TYPES[request.store_dtype],
             **_quantised(request.store_quantised),
+            "keys_in_rows": request.key_layout == "rows",
         }
     header = [
         f"// {words[0]}",
@@ -123,6 +125,7 @@ def _attend_words(request: KernelRequest) -> list[str]:
     extras += ["Sinks are shown another query"] if request.cache_index else []
     extras += ["One learnt sink a query head, which the launcher adds"] if request.learnt_sinks else []
     extras += [f"Keys and values are kept as {_kept_words(request.store_quantised)}"] if request.store_quantised else []
+    extras += ["Keys lie a token a row"] if request.key_layout == "rows" else []
     return [
         f"attend_spans {request.key}: a query sees {seen}.",
         *([" ".join(f"{extra}." for extra in extras)] if extras else []),

@@ -22,14 +22,21 @@ class HeadGroup:
 
     capacity_tokens: address space reserved for a growable store's first span (memory is taken only when written).
     device:          where the store lives.
-    request:         the kernel that attends over it; None until `request_kernels` ran, and where torch does.
+    request:         the kernel that attends over all that is visible, which under a policy that finds keys are its prompts.
+    lookup:          the kernel that attends to what an index finds for a single token.
+    Both are None until `request_kernels` ran, and where torch does it.
     """
 
     kv_heads: tuple[int, ...]
     policy: HeadPolicy
     capacity_tokens: int | None = None
     device: str = "cpu"
-    request: KernelRequest | LookupRequest | None = None
+    request: KernelRequest | None = None
+    lookup: LookupRequest | None = None
+
+    @property
+    def requests(self) -> tuple[KernelRequest | LookupRequest, ...]:
+        return tuple(request for request in (self.request, self.lookup) if request is not None)
 
     def bytes_per_token(self, site: AttentionSite) -> int:
         """Bytes of one token's keys and values in all KV heads of the group, where they are not quantised."""

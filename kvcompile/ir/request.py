@@ -21,6 +21,7 @@ class KernelRequest:
     alibi:         a slope a query head, given at run time, times (key position - query position) joins the logit.
     cache_index:   keys in the sinks are shown another query, rotated to its place in the cache (StreamingLLM).
     sink_tokens, recent_tokens: the visible set (ir/policy.py); recent_tokens None means every earlier token.
+    key_layout:    of a C++ kernel's store: keys in blocks of 16 tokens, or a token a row, as policies that find keys keep them.
     """
 
     kind: Literal["attend_spans"]
@@ -40,6 +41,11 @@ class KernelRequest:
     alibi: bool = False
     cache_index: bool = False
     store_quantised: str = ""
+    key_layout: Literal["blocks", "rows"] = "blocks"
+
+    def __post_init__(self) -> None:
+        in_blocks = self.key_layout == "blocks"
+        assert in_blocks or (self.recent_tokens is None and not self.store_quantised), "rings and quantised stores keep keys in blocks"
 
     @property
     def key(self) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from kvcompile.ir.request import LookupRequest
 from kvcompile.ir.tokens import fake_value, path_of
 from kvcompile.ir.unit import Unit
 
@@ -99,11 +98,12 @@ def unit_text(unit: Unit) -> str:
             line += f" rollback {group.policy.rollback_tokens}" if group.policy.rollback_tokens else ""
             line += f", capacity {group.capacity_tokens} on {group.device}" if group.capacity_tokens else ""
             request = group.request
-            if isinstance(request, LookupRequest):
-                line += f", {request.kind} {request.device} {request.store_dtype} key {request.key}"
-            elif request:
+            if request:
                 seen = "all" if request.recent_tokens is None else f"{request.sink_tokens} + {request.recent_tokens}"
+                seen += " in rows" if request.key_layout == "rows" else ""
                 line += f", {request.kind} {request.device} {request.store_dtype}->{request.compute_dtype} sees {seen} key {request.key}"
+            if lookup := group.lookup:
+                line += f", {lookup.kind} {lookup.device} {lookup.store_dtype} key {lookup.key}"
             lines.append(line)
     for kept in unit.plan.convolutions if unit.plan else ():
         lines.append(f"state {kept.site.index}: the last {kept.kept_tokens} inputs")

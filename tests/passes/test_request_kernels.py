@@ -38,3 +38,25 @@ def test_a_store_of_another_dtype_is_another_kernel():
     one, two = (site.groups[0].request for site in unit.plan.sites)
     assert (one.store_dtype, two.store_dtype, two.compute_dtype) == ("float32", "bfloat16", "float32")
     assert one.key != two.key
+
+
+def test_where_keys_are_found_prompts_and_single_tokens_ask_for_a_kernel_each():
+    window = {"sink_recent": {"sink_tokens": 4, "recent_tokens": 12}}
+    zones = {
+        "sketch": {"top_k": {"k": 9, "index": "sketch"}},
+        "flat": {"top_k": {"k": 9, "index": "flat"}},
+        "static": {"static": {"keys": 9}},
+    }
+    found = {}
+    for name, zone in zones.items():
+        for store in ("bfloat16", "int8"):
+            policies = {"mine": {"zones": [window, zone], "store": store}}
+            unit = after("request_kernels", toys.llama(layers=1), policies=policies, heads=[{"policy": "mine"}])
+            ((found[name, store],),) = (site.groups for site in unit.plan.sites)
+    request = found["sketch", "bfloat16"].request
+    assert (request.key_layout, request.recent_tokens, request.store_dtype) == ("rows", None, "bfloat16")
+    assert request == found["flat", "bfloat16"].request == found["static", "bfloat16"].request
+    assert found["sketch", "bfloat16"].lookup is not None
+    assert found["flat", "bfloat16"].lookup is found["static", "bfloat16"].lookup is None
+    for name in zones:
+        assert found[name, "int8"].requests == ()  # torch reads them

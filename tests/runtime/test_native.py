@@ -12,7 +12,7 @@ import torch
 from native import SITES, Attention, Reader, Strides, Text, assert_right, read_together, with_text
 from torch import Tensor
 
-from kvcompile.codegen.toolchain import Isa, cpu_flags, find_toolchain, machine_isa, why_none
+from kvcompile.codegen.toolchain import Isa, Toolchain, cpu_flags, find_toolchain, machine_isa, why_none
 from kvcompile.ir.policy import All, SinkRecent
 from kvcompile.ir.request import LinearRequest
 from kvcompile.link import GEMV_TOKENS, build_kernels
@@ -20,18 +20,24 @@ from kvcompile.runtime.native import Column, NativeKernels
 
 ISAS: tuple[Isa, ...] = ("avx512", "avx2", "portable")
 FEATURES = ("alibi", "alibi_capped", "chunked", "chunked_300", "cache_index", "cache_index_300", "many_sinks")
-EVERYWHERE = ("bf16_store", "tails", "window_300", "all_options", "mqa_window", *FEATURES)  # the sites that every instruction set runs
+ROWS = tuple(name for name, site in SITES.items() if site.key_layout == "rows")
+EVERYWHERE = ("bf16_store", "tails", "window_300", "all_options", "mqa_window", *FEATURES, *ROWS)  # on every instruction set
 MORE_ISAS = [(isa, name) for isa in ISAS for name in SITES if isa == machine_isa() or name in EVERYWHERE]
 LINEARS = {dtype: LinearRequest("linears", "cpu", dtype, GEMV_TOKENS) for dtype in ("float32", "bfloat16")}
 Kernels = Callable[[Isa], NativeKernels]
 
 
-@pytest.fixture(scope="session")
-def kernels() -> Kernels:
-    """One library an instruction set, kept in the cache folder from run to run."""
+def _compiler() -> Toolchain:
     compiler = find_toolchain()
     if compiler is None:
         pytest.skip(f"no C++ compiler: {why_none()}")
+    return compiler
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    """One library an instruction set, kept in the cache folder from run to run."""
+    compiler = _compiler()
     built: dict[Isa, NativeKernels] = {}
 
     def loaded(isa: Isa) -> NativeKernels:
@@ -259,8 +265,17 @@ def test_interleaved_sessions_do_not_meet(kernels: Kernels, name: str) -> None:
         assert torch.equal(torch.cat([outs[index] for outs in turns]), right)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_a_prompt_over_rows_has_the_bits_of_one_over_blocks(kernels: Kernels, name: str) -> None:
+    in_blocks = replace(SITES[name], key_layout="blocks")
+    built = build_kernels(list({each.key: each for each in in_blocks.requests(machine_isa())}.values()), machine_isa(), _compiler())
+    rows, blocks = new_reader(kernels, name, 700), Reader(Text(in_blocks, machine_isa(), 700), built)
+    for tokens in (300, 1, 7, 392):
+        assert torch.equal(rows.take(tokens), blocks.take(tokens))
+
+
 @pytest.mark.parametrize("capacity", [1, 16, 37, 250])
-@pytest.mark.parametrize("name", ["plain", "bf16_store", "tails", "all_options"])
+@pytest.mark.parametrize("name", ["plain", "bf16_store", "tails", "all_options", "rows_bf16", "rows_capped"])
 def test_a_further_buffer_does_not_change_a_bit(kernels: Kernels, name: str, capacity: int) -> None:
     one = new_reader(kernels, name, 400)
     several = new_reader(kernels, name, 400, capacity_tokens=capacity)

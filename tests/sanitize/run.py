@@ -53,6 +53,8 @@ SITES = {
     "bfloat16, own sinks": Attention(
         "bfloat16", "bfloat16", 40, 16, 4, ((FIRST, SinkRecent(4, 16)), (SECOND, SinkRecent(270, 1))), learnt_sinks=True, cache_index=True
     ),
+    "bfloat16, rows": Attention("bfloat16", "bfloat16", 22, 20, 3, ((FIRST, All()), (SECOND, All())), key_layout="rows"),
+    "float, rows": Attention("bfloat16", "float32", 17, 40, 1, ((FIRST, All()),), key_layout="rows"),
 }
 LINEARS = [LinearRequest("linears", "cpu", dtype, GEMV_TOKENS) for dtype in ("float32", "bfloat16")]
 
@@ -69,7 +71,8 @@ class ExactStore:
             slots = zone.window_tokens + site.rollback_tokens
         dtype = getattr(torch, site.store_dtype)
         self.tokens = 0
-        self._key = torch.full((padded(slots) * site.head_dim,), torch.nan, dtype=dtype)
+        key_slots = padded(slots) if site.key_layout == "blocks" else slots
+        self._key = torch.full((key_slots * site.head_dim,), torch.nan, dtype=dtype)
         self._value = torch.full((slots * site.value_dim,), torch.nan, dtype=dtype)
         addresses = self._key.data_ptr(), self._value.data_ptr(), self._key.nbytes, self._value.nbytes
         if isinstance(zone, SinkRecent):

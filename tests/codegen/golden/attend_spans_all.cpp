@@ -1,4 +1,4 @@
-// attend_spans a313bd6bd391429e: a query sees every earlier token.
+// attend_spans 11e40466c8cbaad5: a query sees every earlier token.
 // 3 queries a KV head, head_dim 64, value_dim 64; bfloat16 queries over bfloat16 keys and values, sums in float32.
 // Made by kvcompile from codegen/cpp/attend_spans.cpp.jinja; print it again with: kvcompile SPEC --show source
 #include "rows.h"
@@ -138,5 +138,5 @@ void append(const KvcTokens *tokens, void *keys, void *values, int64_t slot) {
 
 }  // namespace
 
-extern "C" const KvcAttendKernel kvc_attend_a313bd6bd391429e = {
-    0xa313bd6bd391429e, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Stored), kTileTokens, 0, 0, 0, 0, 0, attend, append, 0};
+extern "C" const KvcAttendKernel kvc_attend_11e40466c8cbaad5 = {
+    0x11e40466c8cbaad5, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Stored), kTileTokens, 0, 0, 0, 0, 0, attend, append, 0};

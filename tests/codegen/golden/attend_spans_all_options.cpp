@@ -1,4 +1,4 @@
-// attend_spans 98693af4150ad9ec: a query sees the first 16 tokens and the last 256, of its chunk of 8192.
+// attend_spans 1531d94e2b84fd53: a query sees the first 16 tokens and the last 256, of its chunk of 8192.
 // Logits capped at 30. ALiBi slopes join the logits. Sinks are shown another query. One learnt sink a query head, which the launcher adds.
 // 3 queries a KV head, head_dim 80, value_dim 40; float32 queries over bfloat16 keys and values, sums in float32.
 // Made by kvcompile from codegen/cpp/attend_spans.cpp.jinja; print it again with: kvcompile SPEC --show source
@@ -146,5 +146,5 @@ void append(const KvcTokens *tokens, void *keys, void *values, int64_t slot) {
 
 }  // namespace
 
-extern "C" const KvcAttendKernel kvc_attend_98693af4150ad9ec = {
-    0x98693af4150ad9ec, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Stored), kTileTokens, 16, 256, 8192, 1, 1, attend, append, 0};
+extern "C" const KvcAttendKernel kvc_attend_1531d94e2b84fd53 = {
+    0x1531d94e2b84fd53, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Stored), kTileTokens, 16, 256, 8192, 1, 1, attend, append, 0};

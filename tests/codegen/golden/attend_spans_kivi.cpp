@@ -1,4 +1,4 @@
-// attend_spans 5427211272b56408: a query sees every earlier token.
+// attend_spans ee98081457ce8a96: a query sees every earlier token.
 // Keys and values are kept as KIVI of 2 bits, groups of 32.
 // 3 queries a KV head, head_dim 64, value_dim 64; bfloat16 queries over bfloat16 keys and values, sums in float32.
 // Made by kvcompile from codegen/cpp/attend_spans.cpp.jinja; print it again with: kvcompile SPEC --show source
@@ -142,5 +142,5 @@ void append(const KvcTokens *tokens, void *keys, void *values, int64_t slot) {
 
 }  // namespace
 
-extern "C" const KvcAttendKernel kvc_attend_5427211272b56408 = {
-    0x5427211272b56408, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Kept), kTileTokens, 0, 0, 0, 0, 0, attend, append, 2};
+extern "C" const KvcAttendKernel kvc_attend_ee98081457ce8a96 = {
+    0xee98081457ce8a96, kHeadDim, kValueDim, kQueries, sizeof(Query), sizeof(Kept), kTileTokens, 0, 0, 0, 0, 0, attend, append, 2};

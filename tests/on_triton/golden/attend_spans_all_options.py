@@ -1,6 +1,6 @@
 # Decode: one new token of each session attends over spans of keys and values, for one group of KV heads.
 #
-# Made by kvcompile from codegen/triton/attend_spans.py.jinja for request 2ffe7914f79792cb; print it again with:
+# Made by kvcompile from codegen/triton/attend_spans.py.jinja for request 2553c134cb5b7760; print it again with:
 #     kvcompile SPEC --show source
 # Policy: the first 16 tokens (sinks) and the last 256, the query's own included, of its chunk of 8192.
 # Logits are 0.11180339887498948 * q.k, soft-capped at 30.0, with a learnt sink in the denominator; float16 stores, sums in float32.

@@ -1,6 +1,6 @@
 # Decode: one new token of each session attends over spans of keys and values, for one group of KV heads.
 #
-# Made by kvcompile from codegen/triton/attend_spans.py.jinja for request e7fe9b9c5800ae09; print it again with:
+# Made by kvcompile from codegen/triton/attend_spans.py.jinja for request 6390b4dbcf0441b7; print it again with:
 #     kvcompile SPEC --show source
 # Policy: every token so far.
 # Logits are 0.08838834764831845 * q.k; bfloat16 stores, sums in float32.
