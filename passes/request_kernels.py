@@ -22,9 +22,7 @@ class RequestKernels:
 
     def run(self, unit: Unit) -> Unit:
         assert unit.plan is not None
-        sites = tuple(
-            replace(site, groups=tuple(_with_requests(site.site, group) for group in site.groups)) for site in unit.plan.sites
-        )
+        sites = tuple(replace(site, groups=tuple(_with_requests(site.site, group) for group in site.groups)) for site in unit.plan.sites)
         return replace(unit, plan=replace(unit.plan, sites=sites))
 
     def ensures(self, unit: Unit) -> None:
