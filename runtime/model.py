@@ -256,8 +256,9 @@ class PackedCall:
                     assert isinstance(store, LookupStore)
                     store.advance(1)
                     index = store.refresh()
-                    query_KG1D = query[0, :, start : start + 1].unflatten(0, by_kv_head)
-                    store.observe(query_KG1D[_as_index(group.kv_heads)], before)
+                    if store.sample.wants(before, 1):
+                        query_KG1D = query[0, :, start : start + 1].unflatten(0, by_kv_head)
+                        store.observe(query_KG1D[_as_index(group.kv_heads)], before)
                     name = kernels.number(group.lookup)
                     rows.append(lookup_row(name, store, index, head, len(group.kv_heads), start, row if last_only else start, before))
                 head += len(group.kv_heads)

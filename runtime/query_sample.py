@@ -30,10 +30,14 @@ class QuerySample:
         self._recent_HGCD: Tensor | None = None
         self._last = 0  # position of the last of them
 
+    def wants(self, first: int, new: int) -> bool:
+        """Whether any of `new` positions from `first` on is sampled; of most tokens that are generated none is."""
+        return -first % MOMENT_STRIDE < new  # RECENT_STRIDE is a multiple
+
     def add(self, query_HGSD: Tensor, first: int, scale: float) -> None:
         """Queries of positions from `first` on; scale: on q.k, in them from now on."""
         new = query_HGSD.shape[2]
-        if -first % MOMENT_STRIDE >= new:  # RECENT_STRIDE is a multiple: most of the tokens that are generated
+        if not self.wants(first, new):
             return
         start = -first % MOMENT_STRIDE if first >= MOMENT_FROM else MOMENT_FROM - first
         if start < new:

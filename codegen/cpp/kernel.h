@@ -106,16 +106,6 @@ struct KvcRanked {
   float *far_top, *low_log_sum;  // [queries]; -inf of none
 };
 
-// What a scan keeps where it writes no scores: keys that may be chosen, and of each run what the others weigh.
-struct KvcSifted {
-  const int32_t *threshold, *shift;  // [queries]: a key whose score reaches one query's threshold is a candidate
-  int64_t room;                      // of the lists; lists are written 16 numbers at a time
-  int32_t *rows, *scores;            // [room], [queries][room]: of candidates, in the order of the runs
-  int64_t count;                     // of candidates so far
-  float *sums;                       // [queries][sum_stride]: exp(logit - logit of `shift`) of a run's other keys; null: not wanted
-  int64_t sum_stride;
-};
-
 // exp(logit - logit of a shift), summed over the keys that are not chosen, over those that are, and over all of low runs.
 struct KvcWeights {
   float rest, read, low;
@@ -140,12 +130,6 @@ struct KvcLookupKernel {
                          int64_t count, float *sums);
   void (*attend)(const float *query, int32_t queries, const void *const *keys, const void *const *values, int64_t tokens, const KvcState *);
   float (*logit)(int32_t score, float scale, float base);
-  int32_t (*find_threshold)(const int32_t *scores, int64_t vectors, int64_t stride, int64_t rank, int32_t *largest);
-  void (*sift)(const KvcLookupQuery *, const KvcSketch *, const KvcRun *, int64_t first, int64_t count, KvcSifted *);
-  int32_t (*pick)(const int32_t *scores, const int32_t *indices, int64_t vectors, int64_t k, int32_t threshold, const KvcRun *,
-                  uint32_t *chosen);
-  KvcWeights (*put_back)(const KvcLookupQuery *, int32_t row, int32_t shift, const int32_t *scores, const int32_t *indices, int64_t count,
-                         const uint32_t *chosen, const KvcRun *, int64_t runs, float *sums);
   void (*add_runs)(const float *sums, int64_t stride, const float *least, const KvcRun *, int64_t count, const KvcState *);
 };
 

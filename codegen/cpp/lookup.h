@@ -25,10 +25,6 @@ constexpr KvcLookupKernel lookup_kernel(uint64_t key) {
       sum_runs<S>,
       attend_rows<S>,
       logit_of<S>,
-      find_threshold,
-      sift_runs<S>,
-      pick_largest,
-      put_back<S>,
       add_runs<S>,
   };
 }

@@ -38,11 +38,6 @@ constexpr int64_t kSketchPartWords = 5;
 // Columns of gaps: runtime/indexes/sketch_gaps.py.
 enum Gap { kNearGap = 0, kFarGap = 5, kGapColumns = 10 };
 
-constexpr int64_t kSiftedTokens = 4096, kSiftedShare = 8;    // sifted: so many keys or more, of which at most 1 / kSiftedShare are chosen
-constexpr int64_t kSampled = 48;                             // of the keys that a head chooses, a sample has about so many
-constexpr int64_t kSampledTokens = 2048;                     // at least; at most 1 / kSiftedShare of all
-constexpr int64_t kListRoom = (kScanRuns + 1) * kRunTokens;  // of a chunk's candidates
-
 int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Memory for one call at a time, kept from call to call.  What was taken stays where it is until the next `clear`.
@@ -103,14 +98,6 @@ struct Group {
   int64_t blocks() const { return 2 * runs(); }
   int64_t chunks() const { return pieces_of(runs(), kScanRuns); }
   int64_t top_vectors() const { return (chunks() - 1) * kTops + std::min(kTops, blocks() - (chunks() - 1) * 2 * kScanRuns); }
-  bool sifts() const { return finds() && !shares_weights() && tokens() >= kSiftedTokens && k * kSiftedShare <= tokens(); }
-  int64_t sample_runs() const { return std::min(std::max(kSampled * tokens() / k, kSampledTokens), tokens() / kSiftedShare) / kRunTokens; }
-  // From the rank of a sample's score on: the k-th best of all hardly ever lies below it.
-  int64_t sample_rank() const {
-    const int64_t sampled = sample_runs() * kRunTokens;
-    const double expected = double(k) * sampled / tokens();
-    return std::min(int64_t(expected + 8 * std::sqrt(expected) + 4), sampled);
-  }
   int64_t window_tokens() const { return before + 1 - (finds() ? sketch[kTokens] : 0); }
   int64_t window_position(int64_t i) const { return finds() && i >= sketch[kFirst] ? i + sketch[kTokens] : i; }
   int64_t lists() const { return shares() ? 1 : kernel->queries_per_kv; }
@@ -133,10 +120,7 @@ struct Head {
   uint32_t *chosen;                    // [queries][runs]; the first where queries share
   int32_t *found;                      // [lists][list_room]: positions
   int64_t *counts;                     // [lists]
-  bool sifted;                         // candidates and sums are there, and no scores of all keys
-  int32_t *threshold, *shift;          // [queries]; weights are exp(logit - logit of `shift`)
-  int32_t *candidates;                 // [chunks][1 + queries][kListRoom]: rows, scores
-  int64_t *candidate_counts;           // [chunks]
+  int32_t *shift;                      // [queries]; weights are exp(logit - logit of `shift`)
   float *run_sums, *least, *no_least;  // [queries][runs], [queries]: what keys that are not chosen weigh, and what of it matters
   KvcWeights *weights;                 // [queries]
   float *state, *found_state, *rest_state, *far_state;  // what the pieces are merged into

@@ -4,11 +4,7 @@
 // The work is cut into phases, and each phase into pieces whose borders depend on a session's own length only; the states of pieces are
 // merged in their order.  So which thread does what changes no bit.
 //
-// Runs are ranked by their centres first, and only the keys of the best are looked at.  Where every query head chooses for itself, many
-// keys are sifted: a sample of them tells from which score on a key may be chosen, and the scan keeps only such candidates and sums over
-// runs of the others.  Where that does not work out the scores of all keys that are looked at are written, as for a few keys and for heads
-// that choose together.
-#include <numeric>
+// Runs are ranked by their centres first, and only the keys of the best are looked at.
 #include <optional>
 
 #include "lookup_head.h"
@@ -62,20 +58,6 @@ void rank(Head &head) {
     for (int64_t run = 0; run < group.part(part)[0] / kRunTokens; run++) *to++ = run_at(group.part(part), run, false);
 }
 
-// Thresholds and shifts from a sample, evenly spread over the runs.
-void look_ahead(const Head &head) {
-  static thread_local std::vector<KvcRun> sample;
-  const Group &group = *head.group;
-  const KvcLookupKernel &kernel = *group.kernel;
-  const int64_t queries = kernel.queries_per_kv, runs = group.runs(), sampled = group.sample_runs();
-  int32_t *const scores = head.candidates, *const tops = scores + sampled * 2 * queries * 16;
-  sample.clear();
-  for (int64_t i = 0; i < sampled; i++) sample.push_back(head.runs[i * runs / sampled]);
-  kernel.scan(&head.query, &head.sketch, sample.data(), 0, sampled, scores, tops);
-  for (int64_t q = 0; q < queries; q++)
-    head.threshold[q] = kernel.find_threshold(scores + q * 16, 2 * sampled, queries * 16, group.sample_rank(), head.shift + q);
-}
-
 // The new token joins the store; its queries become what the kernel's functions want.
 void prepare(const Call &call, Head &head) {
   const Group &group = *head.group;
@@ -89,7 +71,6 @@ void prepare(const Call &call, Head &head) {
   kernel.prepare(call.query + (group.start * call.query_token + kv_head * kernel.queries_per_kv * call.query_head) * kernel.query_bytes,
                  call.query_head, group.finds() ? &head.sketch : nullptr, &head.query);
   if (group.finds()) rank(head);
-  if (group.sifts()) look_ahead(head);
 }
 
 int64_t runs_of(const Head &head, int64_t chunk) { return std::min(kScanRuns, head.group->runs() - chunk * kScanRuns); }
@@ -100,63 +81,6 @@ void scan(const Head &head, int64_t chunk) {
   int32_t *tops = head.tops + chunk * kTops * queries * 16;
   std::fill(tops, tops + std::min(kTops, 2 * runs) * queries * 16, INT32_MIN);
   kernel.scan(&head.query, &head.sketch, head.runs + first, 0, runs, head.scores + 2 * first * queries * 16, tops);
-}
-
-void sift(const Head &head, int64_t chunk) {
-  const Group &group = *head.group;
-  const int64_t first = chunk * kScanRuns;
-  int32_t *const list = head.candidates + chunk * (1 + group.kernel->queries_per_kv) * kListRoom;
-  KvcSifted sifted = {head.threshold, head.shift, kListRoom, list, list + kListRoom, 0, group.tail ? head.run_sums + first : nullptr,
-                      group.runs()};
-  group.kernel->sift(&head.query, &head.sketch, head.runs + first, first * kRunTokens, runs_of(head, chunk), &sifted);
-  head.candidate_counts[chunk] = sifted.count;
-}
-
-// Chooses among the candidates; those that are not chosen join the sums.  Leaves `sifted` false where there are too few, or where a sum
-// may be too large.
-void pick(Head &head) {
-  static thread_local std::vector<int32_t> indices, scores;
-  static thread_local std::vector<uint32_t> chosen;
-  const Group &group = *head.group;
-  const KvcLookupKernel &kernel = *group.kernel;
-  const int64_t queries = kernel.queries_per_kv,
-                count = std::accumulate(head.candidate_counts, head.candidate_counts + group.chunks(), int64_t(0));
-  const int64_t words = pieces_of(count, 32), room = words * 32;
-  head.sifted = false;
-  indices.resize(room), scores.resize(queries * room), chosen.resize(queries * words);
-  for (int64_t q = -1; q < queries; q++) {
-    int32_t *to = q < 0 ? indices.data() : scores.data() + q * room;
-    for (int64_t chunk = 0; chunk < group.chunks(); chunk++) {
-      const int32_t *from = head.candidates + (chunk * (1 + queries) + 1 + q) * kListRoom;
-      to = std::copy(from, from + head.candidate_counts[chunk], to);
-    }
-    std::fill(to, to + room - count, INT32_MIN);
-  }
-  for (int64_t q = 0; q < queries; q++) {
-    const int32_t largest =
-        kernel.pick(scores.data() + q * room, indices.data(), room / 16, group.k, head.threshold[q], head.runs, chosen.data() + q * words);
-    const float scale = head.query.keys.scale[q], base = head.query.keys.base[q];
-    if (largest == INT32_MIN || kernel.logit(largest, scale, base) - kernel.logit(head.shift[q], scale, base) > kLargestAbove) return;
-  }
-  if (group.shares())
-    for (int64_t q = 1; q < queries; q++)
-      for (int64_t w = 0; w < words; w++) chosen[w] |= chosen[q * words + w];
-  for (int64_t list = 0; list < group.lists(); list++) {
-    int32_t *const begin = head.found + list * group.list_room(), *to = begin;
-    for (int64_t w = 0; w < words; w++)
-      for (uint32_t left = chosen[list * words + w]; left; left &= left - 1) {
-        const int64_t index = indices[w * 32 + __builtin_ctz(left)];
-        *to++ = head.runs[index / kRunTokens].position[index % kRunTokens];
-      }
-    head.counts[list] = to - begin;
-  }
-  for (int64_t q = 0; q < (group.tail ? queries : 0); q++) {
-    head.weights[q] =
-        kernel.put_back(&head.query, q, head.shift[q], scores.data() + q * room, indices.data(), count,
-                        chosen.data() + (group.shares() ? 0 : q * words), head.runs, group.runs(), head.run_sums + q * group.runs());
-    head.least[q] = head.weights[q].rest * kLost / group.runs();
-  }
-  head.sifted = true;
 }
 
 void weigh(const Head &head, int64_t chunk) {
@@ -205,8 +129,10 @@ void collect(const Head &head, int64_t list) {
     for (int64_t q = 1; q < group.kernel->queries_per_kv; q++)
       for (int64_t w = 0; w < group.runs(); w++) chosen[w] |= head.chosen[q * group.runs() + w];
   int32_t *const begin = head.found + list * group.list_room(), *to = begin;
+  const auto lies = [&](int32_t index) { return head.runs[index / kRunTokens].position + index % kRunTokens; };
   for (int64_t run = 0; run < group.runs(); run++)
-    for (uint32_t left = chosen[run]; left; left &= left - 1) *to++ = head.runs[run].position[__builtin_ctz(left)];
+    for (uint32_t left = chosen[run]; left; left &= left - 1) __builtin_prefetch(lies(*to++ = run * kRunTokens + __builtin_ctz(left)));
+  for (int32_t *at = begin; at < to; at++) *at = *lies(*at);
   head.counts[list] = to - begin;
 }
 
@@ -316,13 +242,7 @@ void make_room(Scratch &scratch, Head &head) {
                    scratch.take<float>(queries),
                    scratch.take<float>(queries)};
   }
-  const int64_t list_numbers = std::max(group.chunks() * (1 + queries) * kListRoom, (2 * group.sample_runs() + kTops) * queries * 16);
-  head.scores = scratch.take<int32_t>(std::max(group.blocks() * queries * 16, group.sifts() ? list_numbers : 0));
-  if (group.sifts()) {
-    head.candidates = head.scores;  // they are given up before scores are written
-    head.candidate_counts = scratch.take<int64_t>(group.chunks());
-    head.threshold = scratch.take<int32_t>(queries);
-  }
+  head.scores = scratch.take<int32_t>(group.blocks() * queries * 16);
   head.shift = scratch.take<int32_t>(queries);
   head.run_sums = scratch.take<float>(queries * runs), head.least = scratch.take<float>(queries);
   head.no_least = scratch.take<float>(queries);
@@ -384,44 +304,37 @@ void run(const Call &call, const std::vector<Group> &groups) {
     for (int64_t chunk = 0; chunk < head.group->chunks(); chunk++) pieces.push_back({&head, 0, chunk, 0, nullptr});
   };
 
+  const auto each = [&](const auto &wanted, const auto &add) {
+    for (const Head &head : heads)
+      if (wanted(*head.group)) add(head);
+  };
+  const auto add_each = [&](const Head &head, int64_t count) {
+    for (int64_t i = 0; i < count; i++) pieces.push_back({&head, i, 0, 0, nullptr});
+  };
+  const auto finds = [](const Group &group) { return group.finds(); };
+  const auto shares = [](const Group &group) { return group.finds() && group.shares(); };
+  const auto shares_weights = [](const Group &group) { return group.shares_weights(); };
+
   for (Head &head : heads) pieces.push_back({&head, 0, 0, 0, nullptr});
   phase([&](const Piece &piece) { prepare(call, const_cast<Head &>(*piece.head)); });
-  for (const Head &head : heads)
-    if (head.group->sifts()) add_chunks(head);
-  if (!pieces.empty()) {
-    phase([](const Piece &piece) { sift(*piece.head, piece.first); });
-    for (const Head &head : heads)
-      if (head.group->sifts()) pieces.push_back({&head, 0, 0, 0, nullptr});
-    phase([](const Piece &piece) { pick(const_cast<Head &>(*piece.head)); });
-  }
-  const auto is_scanned = [](const Head &head) { return head.group->finds() && !head.sifted; };
-  if (std::any_of(heads.begin(), heads.end(), is_scanned)) {
-    const auto each_scanned = [&](const auto &add) {
-      for (const Head &head : heads)
-        if (is_scanned(head)) add(head);
-    };
-    const auto add_each = [&](const Head &head, int64_t count) {
-      for (int64_t i = 0; i < count; i++) pieces.push_back({&head, i, 0, 0, nullptr});
-    };
-    each_scanned(add_chunks);
-    phase([](const Piece &piece) { scan(*piece.head, piece.first); });
-    const auto each_sharing = [&](const auto &add) {
-      each_scanned([&](const Head &head) {
-        if (head.group->shares_weights()) add(head);
-      });
-    };
-    each_sharing(add_chunks);
-    phase([](const Piece &piece) { weigh(*piece.head, piece.first); });
-    each_sharing(add_sums);
-    each_sharing(add_chunks);
-    phase([](const Piece &piece) { share(*piece.head, piece.first); });
-    each_scanned([&](const Head &head) { add_each(head, head.group->shares_weights() ? 1 : head.group->kernel->queries_per_kv); });
-    phase([](const Piece &piece) { choose(*piece.head, piece.kind); });
-    each_scanned([&](const Head &head) { add_each(head, head.group->lists()); });
-    phase([](const Piece &piece) { collect(*piece.head, piece.kind); });
-    each_scanned([&](const Head &head) { add_each(head, head.group->tail ? head.group->kernel->queries_per_kv : 0); });
-    phase([](const Piece &piece) { sum(*piece.head, piece.kind); });
-  }
+  each(finds, add_chunks);
+  phase([](const Piece &piece) { scan(*piece.head, piece.first); });
+  each(shares_weights, add_chunks);
+  phase([](const Piece &piece) { weigh(*piece.head, piece.first); });
+  each(shares_weights, add_sums);
+  each(shares_weights, add_chunks);
+  phase([](const Piece &piece) { share(*piece.head, piece.first); });
+  each(finds, [&](const Head &head) { add_each(head, head.group->shares_weights() ? 1 : head.group->kernel->queries_per_kv); });
+  phase([](const Piece &piece) {
+    choose(*piece.head, piece.kind);
+    if (piece.head->group->shares()) return;
+    collect(*piece.head, piece.kind);
+    if (piece.head->group->tail) sum(*piece.head, piece.kind);
+  });
+  each(shares, [&](const Head &head) { add_each(head, 1); });
+  phase([](const Piece &piece) { collect(*piece.head, piece.kind); });
+  each(shares, [&](const Head &head) { add_each(head, head.group->tail ? head.group->kernel->queries_per_kv : 0); });
+  phase([](const Piece &piece) { sum(*piece.head, piece.kind); });
 
   const auto add_pieces = [&](const Head &head, int64_t kind, int64_t count, int64_t at_once) {
     for (int64_t first = 0; first < count; first += at_once)

@@ -11,18 +11,29 @@ KvcWeights sum_runs(const KvcLookupQuery *query, int32_t row, int32_t shift, con
                     const KvcRun *runs, int64_t count, float *sums) {
   KvcWeights all = {};
   const float scale = query->keys.scale[row], base = query->keys.base[row];
+  Floats read = {}, low_read = {}, four[4];
   for (int64_t run = 0; run < count; run++) {
     const int32_t *score = scores + (2 * run * S::kQueries + row) * 16;
     const Floats first = weights_below<S>(load_as<Ints>(score), shift, scale, base);
     const Floats second = weights_below<S>(load_as<Ints>(score + S::kQueries * 16), shift, scale, base);
-    const Ints low = set_lanes(chosen[run] & 0xffff), high = set_lanes(chosen[run] >> 16);
-    sums[run] = sum_lanes((Floats)((Ints)first & ~low) + (Floats)((Ints)second & ~high));
-    all.rest += sums[run];
-    float read = 0;
-    if (chosen[run]) read = sum_lanes((Floats)((Ints)first & low) + (Floats)((Ints)second & high));
-    all.read += read;
-    if (runs[run].low) all.low += sums[run] + read;
+    four[run % 4] = first + second;
+    if (chosen[run]) {
+      const Ints low = set_lanes(chosen[run] & 0xffff), high = set_lanes(chosen[run] >> 16);
+      const Floats of_run = (Floats)((Ints)first & low) + (Floats)((Ints)second & high);
+      four[run % 4] = (Floats)((Ints)first & ~low) + (Floats)((Ints)second & ~high);
+      read += of_run;
+      if (runs[run].low) low_read += of_run;
+    }
+    if (run % 4 == 3)
+      sum_four(four, sums + run - 3);
+    else if (run == count - 1)
+      for (int64_t i = 0; i <= run % 4; i++) sums[run - run % 4 + i] = sum_lanes(four[i]);
   }
+  for (int64_t run = 0; run < count; run++) {
+    all.rest += sums[run];
+    if (runs[run].low) all.low += sums[run];
+  }
+  all.read = sum_lanes(read), all.low += sum_lanes(low_read);
   return all;
 }
 

@@ -151,13 +151,6 @@ KVC_INLINE Floats weights_below(Ints score, int32_t top, float scale, float base
   return exp2_of(to_floats(score - top) * (scale * 1.44269504f));
 }
 
-// exp(logit - logit of `shift`), where that is not too large; the sums of weights of the sifted keys.
-template <class S>
-KVC_INLINE Floats weights_around(Ints score, int32_t shift, float scale, float base) {
-  if constexpr (S::kCapped) return exp_negative(logits_of<S>(score, scale, base) - logits_of<S>(shift + Ints{}, scale, base));
-  return exp2_of(to_floats(score - shift) * (scale * 1.44269504f));
-}
-
 // ---- the scan ----
 
 // Scores [2 * runs][queries][16] of the keys of some runs, the first of which is run `first` of its chunk; tops [kTops][queries][16] become

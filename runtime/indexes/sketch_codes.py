@@ -11,6 +11,7 @@ Levels are evenly spaced around 0, one step a coordinate.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -41,12 +42,19 @@ def unpack(codes_HNUB: Tensor, fine_H: Tensor) -> Tensor:
 
 def to_slots(coordinate_HXC: Tensor, fine_H: Tensor, units: int, free: float = 0.0) -> Tensor:
     """Coordinates [H, X, C'] where the units keep them, [H, X, 16 U]; `free` in slots without a coordinate."""
-    heads, rows, _ = coordinate_HXC.shape
-    out_HXC = coordinate_HXC.new_full((heads, rows, units * SLOTS), free)
-    for head, fine in enumerate(fine_H.tolist()):
-        for _, source, place in slots(int(fine), units, coordinate_HXC.shape[2]):
-            out_HXC[head, :, place] = coordinate_HXC[head, :, source]
-    return out_HXC
+    source_HS = _sources(tuple(fine_H.tolist()), units, coordinate_HXC.shape[2])
+    padded_HXC = torch.nn.functional.pad(coordinate_HXC, (0, 1), value=free)
+    return padded_HXC.gather(2, source_HS[:, None].expand(-1, coordinate_HXC.shape[1], -1))
+
+
+@functools.lru_cache(maxsize=256)
+def _sources(fine: tuple[int, ...], units: int, coordinates: int) -> Tensor:
+    """Which coordinate each slot holds, int64 [H, 16 U]; `coordinates` of a free one."""
+    source_HS = torch.full((len(fine), units * SLOTS), coordinates)
+    for head, count in enumerate(fine):
+        for _, source, place in slots(count, units, coordinates):
+            source_HS[head, place] = torch.arange(source.start, source.stop)
+    return source_HS
 
 
 def quantise(coordinate_HTC: Tensor, step_HC: Tensor, fine_H: Tensor) -> Tensor:
@@ -57,8 +65,13 @@ def quantise(coordinate_HTC: Tensor, step_HC: Tensor, fine_H: Tensor) -> Tensor:
 
 def levels(fine_H: Tensor, units: int) -> Tensor:
     """How many levels each slot has, float32 [H, 16 U]; 1 in those that a fine unit leaves free."""
+    return _levels(tuple(fine_H.tolist()), units)
+
+
+@functools.lru_cache(maxsize=256)
+def _levels(fine: tuple[int, ...], units: int) -> Tensor:
     free = torch.tensor([16.0] * FINE_COORDINATES + [1.0] * (SLOTS - FINE_COORDINATES))
-    return torch.where(_is_fine(fine_H, units)[..., None], free, torch.full((SLOTS,), 4.0)).flatten(1)
+    return torch.where(_is_fine(torch.tensor(fine), units)[..., None], free, torch.full((SLOTS,), 4.0)).flatten(1)
 
 
 def slots(fine: int, units: int, coordinates: int) -> Iterator[tuple[int, slice, slice]]:
