@@ -1,14 +1,19 @@
 """What a spec and a plan must know of an index before there is one: its options, and its bytes.
 
-Built in: flat, sketch.  Others are entry points of the group `kvcompile.indexes`: an object with the attributes of `IndexFacts` and
-`build` and `restore` of runtime/indexes/index.py.  They are loaded when a spec names them, not before.
+Built in: flat, sketch, and those of published systems (published_indexes.py).  Others are entry points of the group
+`kvcompile.indexes`: an object with the attributes of `IndexFacts` and `build` and `restore` of runtime/indexes/index.py.  They are loaded
+when a spec names them, not before.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
+
+from kvcompile.ir.index_terms import Fault as Fault
+from kvcompile.ir.index_terms import IndexBytes as IndexBytes
+from kvcompile.ir.published_indexes import PUBLISHED
 
 ENTRY_POINTS = "kvcompile.indexes"
 BLOCK_TOKENS = 32  # an index grows by so many tokens at a time
@@ -21,27 +26,12 @@ SCANNED = 0.25  # of a sketch's runs: the share whose keys are looked at
 RUN_AXES = 24  # dimensions in which a sketch forms runs of similar keys and values
 
 
-class Fault(NamedTuple):
-    """option "" is the index as a whole."""
-
-    option: str
-    what: str
-    mend: str
-
-
-class IndexBytes(NamedTuple):
-    """held: beside keys and values.  searched: read by a search.  estimated: read beside that where the rest is estimated.
-    search_fixed: read by a search whatever the context.
-    """
-
-    held: float
-    searched: float
-    estimated: float
-    search_fixed: int = 0
-
-
 class IndexFacts(Protocol):
-    """estimates: whether it can tell what is not read (`tail: true`); scores: whether it guesses every logit (`select: sum`, `max`)."""
+    """estimates: whether it can tell what is not read (`tail: true`); scores: whether it guesses every logit (`select: sum`, `max`).
+
+    An index that finds whole pages has an attribute `pages` that is true: a spec then writes `pages` and `page_tokens` in place of `k`,
+    and its options hold page_tokens.
+    """
 
     name: str
     estimates: bool
@@ -139,7 +129,7 @@ def default_units(head_dim: int) -> int:
 
 
 FLAT, SKETCH = FlatFacts(), SketchFacts()
-BUILT_IN: dict[str, IndexFacts] = {FLAT.name: FLAT, SKETCH.name: SKETCH}
+BUILT_IN: dict[str, IndexFacts] = {FLAT.name: FLAT, SKETCH.name: SKETCH, **{facts.name: facts for facts in PUBLISHED}}
 
 
 def sample_bytes(queries_per_kv: int, head_dim: int, context_tokens: int) -> int:

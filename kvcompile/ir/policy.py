@@ -68,9 +68,16 @@ class TopK:
         """How many keys each query head chooses after `context_tokens` tokens: at least one."""
         return max(1, math.ceil(self.k * context_tokens) if isinstance(self.k, float) else self.k)
 
+    @property
+    def page_tokens(self) -> int | None:
+        """Tokens of a page, of an index that finds whole pages: k is a multiple of them."""
+        return dict(self.options).get("page_tokens")
+
     def describe(self) -> str:
         k = f"{self.k:.4g} of the tokens" if isinstance(self.k, float) else str(self.k)
-        options = "".join(f" {name}={value}" for name, value in self.options)
+        if self.page_tokens is not None and isinstance(self.k, int):
+            k = f"{self.k // self.page_tokens} pages of {self.page_tokens}"
+        options = "".join(f" {name}={value}" for name, value in self.options if name != "page_tokens")
         return f"top {k} by {self.index}{options}, {self.select}{' + tail' if self.tail else ''}"
 
 

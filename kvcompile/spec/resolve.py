@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kvcompile.ir.errors import KvcompileError, Problem, SpecError
+from kvcompile.ir.indexes import BUILT_IN as BUILT_IN_INDEXES
 from kvcompile.ir.indexes import index_facts, index_names
 from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, SinkRecent, Static, Store, TopK, Zone, can_stand_together
 from kvcompile.ir.spec import HeadRule, ModelSource, Output, Pattern, Spec, Target
@@ -33,6 +34,8 @@ BUILT_IN = {
     "full": HeadPolicy("full", (All(),)),
     "streaming": HeadPolicy("streaming", (SinkRecent(16, 256),)),
     "lookup": HeadPolicy("lookup", (SinkRecent(64, 256), TopK(0.01, "sketch", tail=True))),
+    "quest": HeadPolicy("quest", (SinkRecent(16, 64), TopK(64 * 16, "minmax", (("page_tokens", 16),)))),
+    "infllm": HeadPolicy("infllm", (SinkRecent(128, 4096), TopK(16 * 128, "representatives", (("page_tokens", 128),)))),
 }
 
 
@@ -247,10 +250,6 @@ class _Reader:
         """The zone, or None where its index or k is at fault, which is then said."""
         name, options = (form.index, {}) if isinstance(form.index, str) else next(iter(form.index.items()))
         where = f"{path}.index" if isinstance(form.index, str) else f"{path}.index.{name}"
-        if form.k is None or form.k <= 0 or form.k > (1.0 if isinstance(form.k, float) else MOST_TOKENS):
-            what = "is missing." if form.k is None else "finds no key." if form.k <= 0 else "is more than there can be."
-            self._problem(f"{path}.k" if form.k is not None else path, f"k {what}", "Write a number of tokens or a percentage: k: 1%.")
-            return None
         try:
             facts = index_facts(name)
         except LookupError as error:
@@ -258,16 +257,50 @@ class _Reader:
             mend = f'Did you mean "{near}"?' if near else f"Write one of {', '.join(index_names())}."
             self._problem(where, f'the index "{name}": {error}.', mend)
             return None
+        finds_pages = bool(getattr(facts, "pages", False))
+        k = self._pages(path, name, options, form, finds_pages) if finds_pages or form.pages or form.page_tokens else self._k(path, form)
+        if k is None:
+            return None
+        if finds_pages:
+            options = {**options, "page_tokens": form.page_tokens}
         faults = facts.check(options)
         for fault in faults:
-            self._problem(f"{where}.{fault.option}" if fault.option else where, f"{fault.option} {fault.what}".strip(), fault.mend)
+            place = path if fault.option == "page_tokens" else where
+            self._problem(f"{place}.{fault.option}" if fault.option else place, f"{fault.option} {fault.what}".strip(), fault.mend)
         if form.tail and not facts.estimates:
             what = f"the index {name} does not estimate what it has not read."
             self._problem(f"{path}.tail", what, "Write tail: false, or index: sketch.")
         if form.select in ("sum", "max") and not facts.scores:
             what = f"the index {name} does not guess every logit, which {form.select} adds up."
             self._problem(f"{path}.select", what, "Write select: union.")
-        return None if faults else TopK(form.k, name, tuple(sorted(options.items())), form.select, form.tail)
+        return None if faults else TopK(k, name, tuple(sorted(options.items())), form.select, form.tail)
+
+    def _k(self, path: str, form: TopKForm) -> int | float | None:
+        """k as written, or None, which is then said."""
+        if form.k is None or form.k <= 0 or form.k > (1.0 if isinstance(form.k, float) else MOST_TOKENS):
+            what = "is missing." if form.k is None else "finds no key." if form.k <= 0 else "is more than there can be."
+            self._problem(f"{path}.k" if form.k is not None else path, f"k {what}", "Write a number of tokens or a percentage: k: 1%.")
+            return None
+        return form.k
+
+    def _pages(self, path: str, name: str, options: Mapping[str, Any], form: TopKForm, finds_pages: bool) -> int | None:
+        """The keys of `pages` pages, or None where pages are at fault, which is then said."""
+        mend = "Write for example pages: 64, page_tokens: 16, and no k."
+        if not finds_pages:
+            key = "pages" if form.pages is not None else "page_tokens"
+            known = ", ".join(each for each in BUILT_IN_INDEXES if getattr(BUILT_IN_INDEXES[each], "pages", False))
+            self._problem(f"{path}.{key}", f"the index {name} finds keys, not pages.", f"Write k, or one of the indexes {known}.")
+        elif form.k is not None:
+            self._problem(f"{path}.k", f"k counts keys, and the index {name} finds pages.", mend)
+        elif "page_tokens" in options:
+            self._problem(f"{path}.index.{name}.page_tokens", "page_tokens stands beside index, not in it.", mend)
+        elif form.pages is None:
+            self._problem(path, f"pages is missing: the index {name} finds pages.", mend)
+        elif form.page_tokens is None:
+            self._problem(path, "page_tokens is missing: how many tokens a page has.", mend)
+        else:
+            return form.pages * form.page_tokens
+        return None
 
     def _window(self, path: str, written: int | None, users: Sequence[tuple[int, Pattern | None]]) -> int | None:
         """sink_tokens or recent_tokens: what the policy says, else what the patterns of the rules that use it agree on."""

@@ -186,7 +186,9 @@ class ZoneKind(Form):
         default=None, description="a mapping of sink_tokens, recent_tokens", examples=["{sink_tokens: 16, recent_tokens: 256}"]
     )
     static: StaticForm | None = Field(default=None, description="a mapping of keys", examples=["{keys: 64}"])
-    top_k: TopKForm | None = Field(default=None, description="a mapping of k, index, select, tail", examples=["{k: 1%, index: sketch}"])
+    top_k: TopKForm | None = Field(
+        default=None, description="a mapping of k (or pages, page_tokens), index, select, tail", examples=["{k: 1%, index: sketch}"]
+    )
     sample: SampleForm | None = Field(default=None, description="a mapping of lsh", examples=["{lsh: {hash_bits: 10, tables: 150}}"])
     clusters: ClustersForm | None = Field(
         default=None, description="a mapping of tokens_per_cluster, exact, estimate", examples=["{exact: 1.8%}"]

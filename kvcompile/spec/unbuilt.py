@@ -10,10 +10,11 @@ from kvcompile.spec.loader import Document
 from kvcompile.spec.schema import PolicyForm, SpecForm, ZoneKind
 
 BUILT_ZONES = ("all", "sink_recent", "static", "top_k")
-BUILT_POLICIES = ("full", "streaming", "lookup")
+BUILT_POLICIES = ("full", "streaming", "lookup", "quest", "infllm")
+LOOKING_POLICIES = ("lookup", "quest", "infllm")
 FOUND_ZONES = ("static", "top_k")  # their keys are found at run time, between the sinks and the window of sink_recent
 BUILT_FORMATS = ("report",)
-UNBUILT_POLICIES = ("magicpig", "quest", "infllm", "retroinfer")
+UNBUILT_POLICIES = ("magicpig", "retroinfer")
 
 
 def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
@@ -28,8 +29,8 @@ def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
         yield _not_built(document.where("prefix"), "a prefix shared by several sessions", "Take it out.")
     if spec.target.device == "cuda":
         for index, rule in enumerate(spec.heads or []):
-            if rule.policy == "lookup" and rule.policy not in spec.policies:
-                yield _not_built(document.where(f"heads[{index}].policy"), "policy lookup on cuda", "Write target.device: cpu.")
+            if rule.policy in LOOKING_POLICIES and rule.policy not in spec.policies:
+                yield _not_built(document.where(f"heads[{index}].policy"), f"policy {rule.policy} on cuda", "Write target.device: cpu.")
         for name, policy in spec.policies.items():
             if policy.store is not None and (policy.store.kivi is not None or policy.store.dtype == "int8"):
                 where = document.where(f"policies.{name}.store")
@@ -80,9 +81,6 @@ def _zone_problems(zone: ZoneKind, path: str, document: Document) -> Iterator[Pr
         yield _not_built(document.where(f"{path}.store"), "a store for one zone", "Write store at the policy.")
     if form.device is not None:
         yield _not_built(document.where(f"{path}.device"), "a device for one zone", "Write target.device; every store lives there.")
-    for name in ("pages", "page_tokens"):
-        if getattr(form, name, None) is not None:
-            yield _not_built(document.where(f"{path}.{name}"), "choosing pages", "Write k, a number of tokens or a percentage.")
 
 
 def _not_built(where: str, what: str, mend: str) -> Problem:

@@ -19,6 +19,7 @@ ZONES = {
     "static": {"keys": 7},
     "top_k": {"k": 9, "index": {"sketch": {"bytes_per_key": 12}}},
 }
+PAGES = {"pages": 5, "page_tokens": 48, "index": "minmax"}
 BESIDE_SINKS = ("static", "top_k")
 
 
@@ -57,7 +58,8 @@ def base(path, folder):
     if path[0] == "prefix":
         spec["prefix"] = {"shared": [{"name": "a", "file": "b"}]} if "shared" in path else {}
     if "zones" in path:
-        spec["policies"]["mine"]["zones"] = [{path[4]: copy.deepcopy(ZONES.get(path[4], {}))}]
+        options = PAGES if path[-1] in ("pages", "page_tokens") else ZONES.get(path[4], {})
+        spec["policies"]["mine"]["zones"] = [{path[4]: copy.deepcopy(options)}]
         if path[4] in BESIDE_SINKS:
             spec["policies"]["mine"]["zones"].insert(0, {"sink_recent": dict(ZONES["sink_recent"])})
     return spec

@@ -70,7 +70,8 @@ LOOKUP = f"policies: {{a: {{zones: [{SINKS}, {{top_k: {{"
         ("heads: [{layers: 1}]", "s.yaml:2: heads[0].policy: is missing: the name of a policy.\n  Write for example policy: full."),
         (
             "heads: [{policy: strem}]",
-            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, lookup, streaming).\n  Did you mean "streaming"?',
+            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, infllm, lookup, quest, streaming).\n'
+            '  Did you mean "streaming"?',
         ),
         ("heads: [{policy: zzz}]", "Name one of them, or add it under policies."),
         (
@@ -228,10 +229,6 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
         ("policies: {a: {zones: [{sample: {lsh: {hash_bits: 8, tables: 75}}}]}}", "zone kind sample is not built"),
         ("policies: {a: {zones: [{clusters: {exact: 1.8%}}]}}", "zone kind clusters is not built"),
         (
-            f"{LOOKUP} pages: 4, page_tokens: 16}}}}]}}}}",
-            "policies.a.zones[1].top_k.pages: choosing pages is not built in kvcompile 0.1.0.\n  Write k, a number",
-        ),
-        (
             f"target: {{device: cuda}}\n{LOOKUP} k: 1%}}}}]}}}}",
             "s.yaml:3: policies.a.zones[1].top_k: zone kind top_k on cuda is not built in kvcompile 0.1.0.\n  Write target.device: cpu.",
         ),
@@ -262,10 +259,8 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
         ("output: {directory: x, formats: [onnx]}", "output format onnx is not built"),
         (
             "heads: [{policy: magicpig}]",
-            "s.yaml:2: heads[0].policy: policy magicpig is not built in kvcompile 0.1.0.\n  Built: full, streaming, lookup,",
+            "s.yaml:2: heads[0].policy: policy magicpig is not built in kvcompile 0.1.0.\n  Built: full, streaming, lookup, quest, infllm,",
         ),
-        ("heads: [{policy: quest}]", "policy quest is not built"),
-        ("heads: [{policy: infllm}]", "policy infllm is not built"),
         ("heads: [{policy: retroinfer}]", "policy retroinfer is not built"),
     ],
 )
@@ -324,6 +319,45 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
             "policies.a.positions: cache_index moves the sinks next to the window, and top_k shows keys between them.",
         ),
         ("policies: {a: {zones: [{static: {any: 1}}]}}", "policies.a.zones[0].static.keys: is missing"),
+        (
+            f"{LOOKUP} pages: 4, page_tokens: 16}}}}]}}}}",
+            "policies.a.zones[1].top_k.pages: the index flat finds keys, not pages.\n  Write k, or one of the indexes minmax, cuboid,",
+        ),
+        (
+            f"{LOOKUP} k: 9, page_tokens: 16, index: sketch}}}}]}}}}",
+            "policies.a.zones[1].top_k.page_tokens: the index sketch finds keys, not pages.",
+        ),
+        (
+            f"{LOOKUP} pages: 4, k: 9, page_tokens: 16, index: minmax}}}}]}}}}",
+            "policies.a.zones[1].top_k.k: k counts keys, and the index minmax finds pages.\n  Write for example pages: 64, page_",
+        ),
+        (f"{LOOKUP} k: 9, index: mean}}}}]}}}}", "policies.a.zones[1].top_k.k: k counts keys, and the index mean finds pages."),
+        (f"{LOOKUP} pages: 4, index: mean}}}}]}}}}", "policies.a.zones[1].top_k: page_tokens is missing: how many tokens a page has."),
+        (f"{LOOKUP} page_tokens: 4, index: mean}}}}]}}}}", "policies.a.zones[1].top_k: pages is missing: the index mean finds pages."),
+        (
+            f"{LOOKUP} pages: 4, index: {{mean: {{page_tokens: 4}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.mean.page_tokens: page_tokens stands beside index, not in it.",
+        ),
+        (
+            f"{LOOKUP} pages: 4, page_tokens: 8k, index: minmax}}}}]}}}}",
+            "policies.a.zones[1].top_k.page_tokens: page_tokens 8192 is not allowed: a number of tokens from 1 to 4096.",
+        ),
+        (
+            f"{LOOKUP} pages: 4, page_tokens: 16, index: {{cuboid: {{radius: min}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.cuboid.radius: radius 'min' is not allowed: one of mean, max.",
+        ),
+        (
+            f"{LOOKUP} pages: 4, page_tokens: 16, index: {{representatives: {{keys: 17}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.representatives.keys: keys 17 is not allowed: a number of keys from 1 to 16.",
+        ),
+        (
+            f"{LOOKUP} pages: 4, page_tokens: 16, index: {{minmax: {{keys: 17}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.minmax.keys: keys is no option of minmax, which has none.",
+        ),
+        (
+            f"{LOOKUP} pages: 4, page_tokens: 16, select: max, index: minmax}}}}]}}}}",
+            "policies.a.zones[1].top_k.select: the index minmax does not guess every logit, which max adds up.",
+        ),
     ],
 )
 def test_zones_that_find_keys_are_checked(folder, body, message):
@@ -340,7 +374,7 @@ heads:
   - {policy: broken}
   - {policy: strem, share: 75}
   - {policy: full, layers: 7, pattern: gone.yaml, share: 5%}
-  - {policy: quest}
+  - {policy: magicpig}
 verify: {tokens: "256"}
 output: {directory: s.yaml}
 """

@@ -1,0 +1,372 @@
+"""Indexes of published systems: each held against its definition in float64, and what all of them promise alike.
+
+Letters as in runtime/indexes/index.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcompile.ir.indexes import BLOCK_TOKENS, RECENT_STRIDE, index_facts
+from kvcompile.ir.policy import Select
+from kvcompile.runtime.indexes.index import KeyIndex, Prompt, RecentQueries
+from kvcompile.runtime.indexes.registry import index_kind, load_index, save_index
+from kvcompile.runtime.spans import Span
+
+HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 32, 24
+FIRST = 7  # sinks before the first key that an index covers
+
+
+@dataclasses.dataclass
+class Past:
+    """Keys around topics, values that go with them, and queries that each look for one of the topics."""
+
+    key_HTD: Tensor
+    value_HTE: Tensor
+    query_HND: Tensor
+
+    def keys(self, first: int, end: int) -> list[Span]:
+        """In two spans, as a fork has them."""
+        spans = (Span(0, self.key_HTD[:, :600], self.value_HTE[:, :600]), Span(600, self.key_HTD[:, 600:], self.value_HTE[:, 600:]))
+        parts = (span.between(first, end) for span in spans)
+        return [part for part in parts if part.tokens]
+
+    def prompt(self, first: int, end: int, recent: RecentQueries | None = None) -> Prompt:
+        asked_HND = self.query_HND[:, :40]
+        if recent is None:
+            recent = RecentQueries(asked_HND, end + RECENT_STRIDE * torch.arange(40))
+        return Prompt(
+            self.key_HTD[:, first:end], self.value_HTE[:, first:end], asked_HND.transpose(1, 2) @ asked_HND, 40, recent, GROUP, None
+        )
+
+    def asked(self, number: int = 0) -> Tensor:
+        """A query of each query head, [H, G, D], that the index has not seen."""
+        return self.query_HND[:, 40 + GROUP * number : 40 + GROUP * (number + 1)]
+
+
+def past(tokens: int = 1200, seed: int = 0, dtype: torch.dtype = torch.float32) -> Past:
+    generator = torch.Generator().manual_seed(seed)
+    topic_HCD = torch.randn(HEADS, 30, DIM, generator=generator)
+    which_HT = torch.randint(30, (HEADS, tokens // 16 + 1), generator=generator).repeat_interleave(16, 1)[:, :tokens]
+    key_HTD = topic_HCD.gather(1, which_HT[..., None].expand(-1, -1, DIM)) + 0.5 * torch.randn(HEADS, tokens, DIM, generator=generator)
+    value_HTE = torch.randn(HEADS, 30, VALUE_DIM, generator=generator).gather(1, which_HT[..., None].expand(-1, -1, VALUE_DIM))
+    value_HTE = value_HTE + 0.3 * torch.randn(HEADS, tokens, VALUE_DIM, generator=generator)
+    asked_HN = torch.randint(30, (HEADS, 200), generator=generator)
+    query_HND = topic_HCD.gather(1, asked_HN[..., None].expand(-1, -1, DIM)) / 4 + 0.2 * torch.randn(HEADS, 200, DIM, generator=generator)
+    return Past((key_HTD + 2).to(dtype), value_HTE.to(dtype), query_HND)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An index kind with options, and what of the keys it must find of the best 30 when it is asked for `k`."""
+
+    name: str
+    options: dict[str, Any]
+    k: int
+    recall: float
+
+    def build(self, given: Past, first: int = FIRST, end: int = 1024 + FIRST) -> KeyIndex:
+        return index_kind(self.name).build(first, given.prompt(first, end), self.options)
+
+    @property
+    def selects(self) -> tuple[Select, ...]:
+        return ("per_query_head", "union", "sum", "max") if index_facts(self.name).scores else ("per_query_head", "union")
+
+
+CASES = {
+    "minmax": Case("minmax", {"page_tokens": 16}, 256, 0.85),
+    "minmax of 128": Case("minmax", {"page_tokens": 128}, 512, 0.7),
+    "cuboid": Case("cuboid", {"page_tokens": 16}, 256, 0.8),
+    "cuboid, max": Case("cuboid", {"page_tokens": 32, "radius": "max"}, 256, 0.75),
+    "representatives": Case("representatives", {"page_tokens": 16}, 256, 0.55),
+    "representatives of 128": Case("representatives", {"page_tokens": 128, "keys": 8}, 512, 0.55),
+    "mean": Case("mean", {"page_tokens": 16}, 256, 0.8),
+    "mean of 48": Case("mean", {"page_tokens": 48}, 384, 0.8),
+}
+EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def positions(found: Tensor) -> list[set[int]]:
+    """Of each query head of each KV head, found [H, G, K]; looks at order and padding too."""
+    rows = []
+    for row in found.flatten(0, 1).tolist():
+        kept = [position for position in row if position >= 0]
+        assert kept == sorted(set(kept)) and row == kept + [-1] * (len(row) - len(kept))
+        rows.append(set(kept))
+    return rows
+
+
+# --- what every index promises -------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_most_of_what_matters_is_found(case):
+    given = past()
+    index = case.build(given)
+    hits = total = 0
+    for number in range(20):
+        query_HGD = given.asked(number)
+        found = positions(index.search(query_HGD, case.k, "per_query_head", given.keys).position_HGK)
+        logit_HGT = query_HGD.double() @ given.key_HTD[:, FIRST : 1024 + FIRST].double().transpose(1, 2)
+        for row, best in zip(found, (logit_HGT.topk(30, 2).indices + FIRST).flatten(0, 1).tolist(), strict=True):
+            assert all(FIRST <= position < 1024 + FIRST for position in row)
+            hits, total = hits + len(row & set(best)), total + 30
+    assert hits > case.recall * total
+
+
+@EVERY
+def test_it_finds_fewer_than_all_and_with_a_large_k_all(case):
+    given = past()
+    index = case.build(given)
+    for select in case.selects:
+        assert all(len(row) < 1024 for row in positions(index.search(given.asked(), case.k, select, given.keys).position_HGK))
+        found = index.search(given.asked(), 1024, select, given.keys)
+        assert all(len(row) == 1024 for row in positions(found.position_HGK))
+
+
+@EVERY
+@pytest.mark.parametrize("tokens", [0, 1, 2, 5])
+def test_of_a_few_keys_all_are_found(case, tokens):
+    given = past()
+    index = case.build(given, FIRST, FIRST + tokens)
+    found = index.search(given.asked(), max(1, tokens), "union", given.keys)
+    assert positions(found.position_HGK) == [set(range(FIRST, FIRST + tokens))] * (HEADS * GROUP)
+
+
+@EVERY
+def test_the_union_is_what_the_query_heads_choose_together(case):
+    given = past()
+    index = case.build(given)
+    own, shared = (
+        positions(index.search(given.asked(), case.k, select, given.keys).position_HGK) for select in ("per_query_head", "union")
+    )
+    for head in range(HEADS):
+        rows = slice(head * GROUP, (head + 1) * GROUP)
+        assert shared[rows] == [set.union(*own[rows])] * GROUP
+
+
+@EVERY
+def test_sum_and_max_choose_the_same_for_all_query_heads(case):
+    given = past()
+    index = case.build(given)
+    for select in case.selects[2:]:
+        found = positions(index.search(given.asked(), case.k, select, given.keys).position_HGK)
+        assert found == [found[head * GROUP] for head in range(HEADS) for _ in range(GROUP)]
+        assert found != positions(index.search(given.asked(), case.k, "per_query_head", given.keys).position_HGK)
+
+
+@EVERY
+def test_the_same_keys_give_the_same_index(case):
+    given = past()
+    first, second = (case.build(given) for _ in range(2))
+    assert torch.equal(*(index.search(given.asked(), case.k, "union", given.keys).position_HGK for index in (first, second)))
+
+
+@EVERY
+def test_nothing_is_learnt_from_later_keys(case):
+    """What an index of [first, end) finds depends on no key behind `end`, whatever is added later."""
+    given, other = past(), past()
+    other.key_HTD[:, 800:] *= 3
+    other.value_HTE[:, 800:] = 0
+    found = []
+    for each in (given, other):
+        index = case.build(each, FIRST, 672 + FIRST)
+        index.add(each.key_HTD[:, 672 + FIRST : 768 + FIRST], each.value_HTE[:, 672 + FIRST : 768 + FIRST])
+        found.append(index.search(given.asked(), case.k, "union", each.keys).position_HGK)
+        index.add(each.key_HTD[:, 768 + FIRST : 1056 + FIRST], each.value_HTE[:, 768 + FIRST : 1056 + FIRST])
+        index.search(given.asked(), case.k, "union", each.keys)
+        index.rollback(768 + FIRST)
+        found.append(index.search(given.asked(), case.k, "union", each.keys).position_HGK)
+    assert all(torch.equal(found[0], each) for each in found[1:])
+
+
+def grow(index: KeyIndex, given: Past, end: int, step: int = BLOCK_TOKENS) -> None:
+    while index.end < end:
+        until = min(end, index.end + step)
+        index.add(given.key_HTD[:, index.end : until], given.value_HTE[:, index.end : until])
+
+
+@EVERY
+def test_keys_are_added_taken_back_and_added_again(case):
+    given = past()
+    index = case.build(given, FIRST, 512 + FIRST)
+    before = index.search(given.asked(), case.k, "union", given.keys).position_HGK
+    grow(index, given, 800 + FIRST)
+    middle = index.search(given.asked(), case.k, "union", given.keys).position_HGK
+    child = index.fork()
+    grow(index, given, 1152 + FIRST)
+    assert (index.first, index.end, child.end) == (FIRST, 1152 + FIRST, 800 + FIRST)
+    assert max(map(max, positions(index.search(given.asked(1), case.k, "union", given.keys).position_HGK))) >= 800 + FIRST
+    assert torch.equal(child.search(given.asked(), case.k, "union", given.keys).position_HGK, middle)
+    index.rollback(800 + FIRST)
+    assert index.end == 800 + FIRST
+    assert torch.equal(index.search(given.asked(), case.k, "union", given.keys).position_HGK, middle)
+    grow(child, given, 1152 + FIRST)
+    grow(index, given, 1152 + FIRST)
+    assert torch.equal(*(each.search(given.asked(1), case.k, "union", given.keys).position_HGK for each in (index, child)))
+    index.rollback(512 + FIRST)
+    assert torch.equal(index.search(given.asked(), case.k, "union", given.keys).position_HGK, before)
+
+
+@EVERY
+def test_added_keys_that_are_looked_for_are_found(case):
+    given = past()
+    direction_HD = torch.randn(HEADS, DIM, generator=torch.Generator().manual_seed(5))
+    run = range(901, 965)
+    given.key_HTD[:, run.start : run.stop] += 3 * direction_HD[:, None]
+    index = case.build(given, FIRST, 512 + FIRST)
+    grow(index, given, 1024 + FIRST)
+    found = positions(index.search(direction_HD[:, None].expand(-1, GROUP, -1), case.k, "union", given.keys).position_HGK)
+    assert all(len(row & set(run)) >= 48 for row in found)
+
+
+@EVERY
+def test_a_file_holds_an_equal_index(case, tmp_path):
+    given = past(dtype=torch.bfloat16)
+    index = case.build(given, FIRST, 512 + FIRST)
+    grow(index, given, 800 + FIRST)
+    index.search(given.asked(), case.k, "union", given.keys)
+    save_index(tmp_path / "index.safetensors", case.name, index)
+    loaded = load_index(tmp_path / "index.safetensors")
+    assert (loaded.first, loaded.end, loaded.nbytes(), loaded.notes) == (index.first, index.end, index.nbytes(), index.notes)
+    for each in (index, loaded):
+        grow(each, given, 1024 + FIRST)
+    assert torch.equal(*(each.search(given.asked(), case.k, "union", given.keys).position_HGK for each in (index, loaded)))
+
+
+@EVERY
+def test_a_damaged_state_is_refused(case):
+    given = past()
+    index = case.build(given)
+    tensors, numbers = index.state()
+    for name in tensors:
+        with pytest.raises(KeyError):
+            index_kind(case.name).restore({other: tensor for other, tensor in tensors.items() if other != name}, numbers)
+        with pytest.raises(ValueError):
+            index_kind(case.name).restore({**tensors, name: tensors[name].new_zeros(1)}, numbers)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_what_the_plan_counts(case, dtype):
+    given = past(dtype=dtype)
+    tokens = 48 * 16 if case.options.get("page_tokens") == 48 else 1024
+    index = case.build(given, FIRST, tokens + FIRST)
+    facts = index_facts(case.name)
+    counted = facts.bytes_per_token(DIM, VALUE_DIM, dtype.itemsize, case.options)
+    assert index.nbytes() == HEADS * (tokens * counted.held + facts.fixed_bytes(DIM, VALUE_DIM, case.options))
+    assert index.scanned_bytes(tail=False) == HEADS * (tokens * counted.searched + counted.search_fixed)
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------------------------
+
+
+def pages(case: str) -> tuple[Past, KeyIndex, Tensor, int]:
+    """Of bfloat16 keys: the index, its pages [H, N, P, D] in float64, and their size."""
+    given = past(dtype=torch.bfloat16)
+    index = CASES[case].build(given)
+    size = CASES[case].options["page_tokens"]
+    whole = 1024 // size
+    return given, index, given.key_HTD[:, FIRST : FIRST + whole * size].double().unflatten(1, (whole, size)), size
+
+
+def chosen(score_HGN: Tensor, count: int, size: int) -> list[set[int]]:
+    """The positions of the best pages of each query head, and of what is in no full page."""
+    pages_HGM = score_HGN.topk(count, 2).indices.flatten(0, 1)
+    rest = set(range(FIRST + score_HGN.shape[2] * size, FIRST + 1024))
+    return [{FIRST + page * size + place for page in row for place in range(size)} | rest for row in pages_HGM.tolist()]
+
+
+def test_minmax_is_the_largest_logit_that_a_page_could_hold():
+    given, index, page_HNPD, size = pages("minmax")
+    query_HGD = given.asked().double()
+    low_HND, high_HND = page_HNPD.amin(2), page_HNPD.amax(2)
+    score_HGN = torch.maximum(query_HGD[:, :, None] * low_HND[:, None], query_HGD[:, :, None] * high_HND[:, None]).sum(3)
+    best_HGN = torch.einsum("hgd,hnpd->hgnp", query_HGD, page_HNPD).amax(3)
+    assert (score_HGN >= best_HGN).all()
+    found = index.search(given.asked(), 160, "per_query_head", given.keys)
+    assert positions(found.position_HGK) == chosen(score_HGN, 10, size)
+
+
+def test_a_cuboid_reaches_as_far_as_the_keys_do_on_average():
+    given, index, page_HNPD, size = pages("cuboid")
+    middle_HND = (page_HNPD.amin(2) + page_HNPD.amax(2)) / 2
+    radius_HND = (page_HNPD - middle_HND[:, :, None]).abs().mean(2)
+    low, high = ((middle_HND + sign * radius_HND).bfloat16().double() for sign in (-1, 1))
+    query_HGD = given.asked().double()
+    score_HGN = torch.maximum(query_HGD[:, :, None] * low[:, None], query_HGD[:, :, None] * high[:, None]).sum(3)
+    torch.testing.assert_close(index.page_scores(given.asked()).double(), score_HGN, rtol=1e-4, atol=1e-4)
+    assert positions(index.search(given.asked(), 160, "per_query_head", given.keys).position_HGK) == chosen(score_HGN, 10, size)
+
+
+def test_a_cuboid_of_the_largest_radius_is_minmax():
+    given = past()
+    box, bound = (index_kind(name).build(0, given.prompt(0, 1024), options) for name, options in (
+        ("cuboid", {"page_tokens": 16, "radius": "max"}), ("minmax", {"page_tokens": 16})
+    ))  # fmt: skip
+    torch.testing.assert_close(box.page_scores(given.asked()), bound.page_scores(given.asked()))
+
+
+@pytest.mark.parametrize("case", ["mean", "mean of 48"])
+def test_mean_pages_are_chosen_by_their_mean_key(case):
+    given, index, page_HNPD, size = pages(case)
+    score_HGN = given.asked().double() @ page_HNPD.mean(2).bfloat16().double().transpose(1, 2)
+    found = index.search(given.asked(), 5 * size, "per_query_head", given.keys)
+    assert positions(found.position_HGK) == chosen(score_HGN, 5, size)
+
+
+def test_representatives_are_the_keys_that_later_queries_ask_for():
+    given, index, page_HNPD, size = pages("representatives")
+    mean_HD = given.query_HND[:, :40].double().mean(1)
+    best_HNR = torch.einsum("hd,hnpd->hnp", mean_HD, page_HNPD).topk(4, 2).indices
+    key_HND = page_HNPD.gather(2, best_HNR[..., None].expand(-1, -1, -1, DIM)).mean(2).bfloat16().double()
+    found = index.search(given.asked(), 160, "per_query_head", given.keys)
+    assert positions(found.position_HGK) == chosen(given.asked().double() @ key_HND.transpose(1, 2), 10, size)
+
+
+def test_representatives_are_judged_by_queries_that_came_after_them():
+    given = past()
+    position_C = torch.arange(0, 1024, 16)
+    recent = RecentQueries(given.query_HND[:, : len(position_C)], position_C)
+    changed = RecentQueries(recent.query_HCD.clone(), position_C)
+    changed.query_HCD[:, position_C < 512] *= -5
+    first, second = (index_kind("representatives").build(0, given.prompt(0, 1024, each), {"page_tokens": 16}) for each in (recent, changed))
+    assert torch.equal(first.digest_HNVD[:, 32:], second.digest_HNVD[:, 32:])
+    assert not torch.equal(first.digest_HNVD[:, :32], second.digest_HNVD[:, :32])
+
+
+def test_pages_that_are_added_are_judged_by_the_last_queries():
+    given = past()
+    drifted = RecentQueries(-3 * given.query_HND[:, 60:80], torch.full((20,), 2000))
+    found = []
+    for shown in (False, True):
+        index = CASES["representatives"].build(given, 0, 512)
+        if shown:
+            assert index.recalibrate(drifted, given.keys)
+        grow(index, given, 1024)
+        index.search(given.asked(), 64, "union", given.keys)
+        found.append(index.digest_HNVD)
+    assert torch.equal(found[0][:, :32], found[1][:, :32])
+    assert not torch.equal(found[0][:, 32:], found[1][:, 32:])
+
+
+def test_without_a_query_representatives_are_the_first_keys():
+    given = past()
+    none = RecentQueries(torch.zeros(HEADS, 0, DIM), torch.zeros(0, dtype=torch.int64))
+    index = index_kind("representatives").build(0, given.prompt(0, 1024, none), {"page_tokens": 16})
+    torch.testing.assert_close(index.digest_HNVD[:, :, 0], given.key_HTD[:, :1024].unflatten(1, (64, 16))[:, :, :4].mean(2))
+
+
+def test_keys_in_no_full_page_are_found_beside_the_pages():
+    given = past()
+    index = CASES["minmax of 128"].build(given, FIRST, 512 + FIRST)
+    grow(index, given, 608 + FIRST)
+    for row in positions(index.search(given.asked(), 128, "per_query_head", given.keys).position_HGK):
+        assert set(range(512 + FIRST, 608 + FIRST)) < row and len(row) == 128 + 96
+    for row in positions(index.search(given.asked(), 128, "union", given.keys).position_HGK):
+        assert set(range(512 + FIRST, 608 + FIRST)) < row
