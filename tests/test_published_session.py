@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any
 
 import pytest
@@ -27,8 +28,11 @@ ZONES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cuboid": tuple({"top_k": {"pages": pages, "page_tokens": 8, "index": "cuboid", "select": "per_query_head"}} for pages in (4, 99)),
     "representatives": tuple({"top_k": {"pages": pages, "page_tokens": 128, "index": "representatives"}} for pages in (1, 9)),
     "mean": tuple({"top_k": {"pages": pages, "page_tokens": 32, "index": "mean", "select": "sum"}} for pages in (4, 99)),
+    "ivf": tuple({"top_k": {"k": k, "index": {"ivf": {"lists": 16, "probe": 4}}}} for k in (40, "100%")),
+    "hnsw": tuple({"top_k": {"k": k, "index": {"hnsw": {"m": 8, "ef": 50}}}} for k in (40, "100%")),
 }
-EVERY = pytest.mark.parametrize("kind", ZONES)
+NEEDS_HNSWLIB = pytest.mark.skipif(importlib.util.find_spec("hnswlib") is None, reason="hnswlib is not installed")
+EVERY = pytest.mark.parametrize("kind", [pytest.param(kind, marks=[NEEDS_HNSWLIB] if kind == "hnsw" else []) for kind in ZONES])
 
 
 @functools.cache
@@ -108,7 +112,8 @@ def test_bytes_are_those_of_the_plan(kind):
     session.prefill(ids(MIN_INDEXED_TOKENS + 16))
     session.step(1)
     assert session.stores(0)[0].index.end == 4 + MIN_INDEXED_TOKENS
-    assert session.nbytes() == model.plan.stored_bytes(MIN_INDEXED_TOKENS + 17)
+    counted = model.plan.stored_bytes(MIN_INDEXED_TOKENS + 17)
+    assert session.nbytes() == (pytest.approx(counted, rel=0.01) if kind == "hnsw" else counted)
 
 
 # --- as written ------------------------------------------------------------------------------------------------------------------------
@@ -119,7 +124,10 @@ WRITTEN = {
     "{top_k: {pages: 64, page_tokens: 16, index: minmax}}": TopK(1024, "minmax", (("page_tokens", 16),)),
     "{top_k: {pages: 64, page_tokens: 16, index: {cuboid: {radius: max}}}}": TopK(1024, "cuboid", (("page_tokens", 16), ("radius", "max"))),
     "{top_k: {pages: 512, page_tokens: 8, index: mean, select: sum}}": TopK(4096, "mean", (("page_tokens", 8),), "sum"),
+    "{top_k: {k: 100, index: {hnsw: {m: 16, ef: 200}}}}": TopK(100, "hnsw", (("ef", 200), ("m", 16))),
+    "{top_k: {k: 100, index: {ivf: {lists: 512, probe: 32}}}}": TopK(100, "ivf", (("lists", 512), ("probe", 32))),
 }
+EVERY_WRITTEN = pytest.mark.parametrize("zone", [pytest.param(zone, marks=[NEEDS_HNSWLIB] if "hnsw" in zone else []) for zone in WRITTEN])
 
 
 def written(tmp_path, zone: str) -> Spec:
@@ -128,13 +136,13 @@ def written(tmp_path, zone: str) -> Spec:
     return load_spec(file)
 
 
-@pytest.mark.parametrize("zone", WRITTEN)
+@EVERY_WRITTEN
 def test_a_zone_is_read_as_it_is_written(tmp_path, zone):
     spec = written(tmp_path, zone)
     assert spec.policies["mine"] == HeadPolicy("mine", (SinkRecent(128, 512), WRITTEN[zone]))
 
 
-@pytest.mark.parametrize("zone", WRITTEN)
+@EVERY_WRITTEN
 def test_a_reproducer_repeats_the_spec(tmp_path, zone):
     spec = written(tmp_path, zone)
     source = reproducer_source("", "pass", spec, None, "place")

@@ -1,10 +1,13 @@
 """Facts of the indexes of published systems: options, and bytes.  Their code is in runtime/indexes/.
 
 minmax, cuboid, representatives, mean   find whole pages of `page_tokens` keys, each by a digest of one or two vectors
+ivf                                     lists of keys around centres, of which a query reads some
+hnsw                                    a navigable graph, of the library hnswlib
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -105,4 +108,84 @@ class MeanFacts(PageFacts):
     scores = True
 
 
-PUBLISHED = (MinMaxFacts(), CuboidFacts(), RepresentativesFacts(), MeanFacts())
+class IvfFacts:
+    """Inverted lists.  Source: Faiss, IndexIVFFlat with inner products (Johnson et al. 2017).
+
+    Options lists (512) and probe (32): how many lists there are, and how many a query reads.
+    """
+
+    name = "ivf"
+    estimates = False
+    scores = False
+    MOST_LISTS = 32767
+
+    def check(self, options: Mapping[str, Any]) -> list[Fault]:
+        known = ("lists", "probe")
+        faults = [Fault(name, "is no option of ivf.", "Write lists or probe, or take it out.") for name in options if name not in known]
+        lists, probe = options.get("lists", 512), options.get("probe", 32)
+        if type(lists) is not int or not 1 <= lists <= self.MOST_LISTS:
+            what = f"{lists!r} is not allowed: a number of lists from 1 to {self.MOST_LISTS}."
+            return [*faults, Fault("lists", what, "Write for example lists: 512.")]
+        if type(probe) is not int or not 1 <= probe <= lists:
+            what = f"{probe!r} is not allowed: a number from 1 to {lists}, how many lists there are."
+            faults.append(Fault("probe", what, f"Write for example probe: {max(1, lists // 16)}."))
+        return faults
+
+    def lists(self, options: Mapping[str, Any]) -> tuple[int, int]:
+        """How many there are, and how many of them a query reads."""
+        return int(options.get("lists", 512)), int(options.get("probe", 32))
+
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
+        """Lists are counted as equally long; queries read the longer ones more often."""
+        lists, probe = self.lists(options)
+        return IndexBytes(6.0, probe / lists * (4 + head_dim * itemsize), 0.0, 4 * (lists * head_dim + lists + 1))
+
+    def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
+        lists, _ = self.lists(options)
+        return 4 * (lists * head_dim + head_dim + lists + 1)
+
+
+class HnswFacts:
+    """A hierarchical navigable small world (Malkov and Yashunin 2016), of the library hnswlib, by inner product.
+
+    Options m (16), ef (200) and ef_construction (200): neighbours of a key, and how many candidates a search and an insertion keep.
+    """
+
+    name = "hnsw"
+    estimates = False
+    scores = False
+    LIMITS: ClassVar[dict[str, tuple[int, int, int]]] = {"m": (16, 2, 128), "ef": (200, 1, 65536), "ef_construction": (200, 1, 65536)}
+
+    def check(self, options: Mapping[str, Any]) -> list[Fault]:
+        others = [name for name in options if name not in self.LIMITS]
+        faults = [Fault(name, "is no option of hnsw.", f"Write one of {', '.join(self.LIMITS)}, or take it out.") for name in others]
+        for name, (usual, least, most) in self.LIMITS.items():
+            value = options.get(name, usual)
+            if type(value) is not int or not least <= value <= most:
+                what = f"{value!r} is not allowed: a number from {least} to {most}."
+                faults.append(Fault(name, what, f"Write for example {name}: {usual}."))
+        if importlib.util.find_spec("hnswlib") is None:
+            what = "the index hnsw needs the library hnswlib, which is not installed."
+            faults.append(Fault("", what, "Install the extra: pip install 'kvcompile[hnsw]', or write another index, such as ivf."))
+        return faults
+
+    def value(self, options: Mapping[str, Any], name: str) -> int:
+        """Of an option, as written or the usual one."""
+        return int(options.get(name, self.LIMITS[name][0]))
+
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
+        """As hnswlib lays a key out: its own copy in float32, a label, 2 m neighbours and their number, and m more on each upper layer, of
+        which a key has 1 / (m - 1) on average.
+
+        A search goes through ef keys and looks at their neighbours; about half of these it has seen already.
+        """
+        m, ef = self.value(options, "m"), self.value(options, "ef")
+        row, layer = 4 * head_dim, 4 * m + 4
+        held = row + 8 + (8 * m + 4) + 4 + layer / (m - 1)
+        return IndexBytes(held, 0.0, 0.0, ef * (8 * m + 4 + m * row))
+
+    def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
+        return 4 * head_dim  # the mean that keys are centred by
+
+
+PUBLISHED = (MinMaxFacts(), CuboidFacts(), RepresentativesFacts(), MeanFacts(), IvfFacts(), HnswFacts())

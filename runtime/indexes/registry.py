@@ -19,12 +19,16 @@ from safetensors.torch import save_file
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.ir.indexes import index_facts, index_names
 from kvcompile.runtime.indexes.flat import Flat
+from kvcompile.runtime.indexes.hnsw import Hnsw
 from kvcompile.runtime.indexes.index import IndexKind, KeyIndex
+from kvcompile.runtime.indexes.ivf import Ivf
 from kvcompile.runtime.indexes.pages import Cuboid, Mean, MinMax, Representatives
 from kvcompile.runtime.indexes.sketch import Sketch
 
 FORMAT = 1
-_BUILT_IN: dict[str, IndexKind] = {kind.name: kind for kind in (Flat(), Sketch(), MinMax(), Cuboid(), Representatives(), Mean())}
+_BUILT_IN: dict[str, IndexKind] = {
+    kind.name: kind for kind in (Flat(), Sketch(), MinMax(), Cuboid(), Representatives(), Mean(), Ivf(), Hnsw())
+}
 
 
 def index_kind(name: str) -> IndexKind:

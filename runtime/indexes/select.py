@@ -36,6 +36,26 @@ def select_keys(score_HGT: Tensor, k: int, select: Select) -> Tensor:
     return _largest(shared_HT[:, None], k).expand(heads, group, k)
 
 
+def share_chosen(position_HGK: Tensor, select: Select) -> Tensor:
+    """Positions that each query head chose (-1 of none, in any order) as `Found` wants them.
+
+    per_query_head: each row ascending.  union: every position of the group, for all of its rows.
+    """
+    assert select in ("per_query_head", "union"), select
+    group = position_HGK.shape[1]
+    none = torch.iinfo(position_HGK.dtype).max
+    if select == "per_query_head":
+        order_HGK = torch.where(position_HGK < 0, none, position_HGK).sort(2).values
+    else:
+        order_HK = torch.where(position_HGK < 0, none, position_HGK).flatten(1).sort(1).values
+        again_HK = torch.nn.functional.pad(order_HK[:, 1:] == order_HK[:, :-1], (1, 0))
+        order_HK = order_HK.masked_fill(again_HK, none).sort(1).values
+        order_HGK = order_HK[:, None].expand(-1, group, -1)
+    most = int((order_HGK < none).sum(2).max()) if order_HGK.numel() else 0
+    order_HGK = order_HGK[..., :most]
+    return torch.where(order_HGK < none, order_HGK, -1)
+
+
 def _largest(score: Tensor, k: int) -> Tensor:
     """Indices of the k largest of the last dimension, ascending; of equal ones the earlier."""
     return score.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values

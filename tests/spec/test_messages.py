@@ -358,6 +358,20 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
             f"{LOOKUP} pages: 4, page_tokens: 16, select: max, index: minmax}}}}]}}}}",
             "policies.a.zones[1].top_k.select: the index minmax does not guess every logit, which max adds up.",
         ),
+        (
+            f"{LOOKUP} k: 4, index: {{ivf: {{lists: 16, probe: 17}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.ivf.probe: probe 17 is not allowed: a number from 1 to 16, how many lists there are.",
+        ),
+        (f"{LOOKUP} k: 4, index: {{ivf: {{lists: 0}}}}}}}}]}}}}", "policies.a.zones[1].top_k.index.ivf.lists: lists 0 is not allowed"),
+        (
+            f"{LOOKUP} k: 4, index: {{ivf: {{nprobe: 3}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.ivf.nprobe: nprobe is no option of ivf.",
+        ),
+        (
+            f"{LOOKUP} k: 4, index: {{hnsw: {{m: 1}}}}}}}}]}}}}",
+            "policies.a.zones[1].top_k.index.hnsw.m: m 1 is not allowed: a number from 2",
+        ),
+        (f"{LOOKUP} k: 4, index: {{hnsw: {{M: 9}}}}}}}}]}}}}", "top_k.index.hnsw.M: M is no option of hnsw.\n  Write one of m, ef, ef_con"),
     ],
 )
 def test_zones_that_find_keys_are_checked(folder, body, message):
