@@ -29,6 +29,10 @@ ZONES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "representatives": tuple({"top_k": {"pages": pages, "page_tokens": 128, "index": "representatives"}} for pages in (1, 9)),
     "mean": tuple({"top_k": {"pages": pages, "page_tokens": 32, "index": "mean", "select": "sum"}} for pages in (4, 99)),
     "ivf": tuple({"top_k": {"k": k, "index": {"ivf": {"lists": 16, "probe": 4}}}} for k in (40, "100%")),
+    "clusters": (
+        {"clusters": {"exact": "5%", "estimate": "20%"}},
+        {"clusters": {"tokens_per_cluster": 8, "exact": "100%", "estimate": "0%"}},
+    ),
     "hnsw": tuple({"top_k": {"k": k, "index": {"hnsw": {"m": 8, "ef": 50}}}} for k in (40, "100%")),
 }
 NEEDS_HNSWLIB = pytest.mark.skipif(importlib.util.find_spec("hnswlib") is None, reason="hnswlib is not installed")
@@ -125,6 +129,12 @@ WRITTEN = {
     "{top_k: {pages: 64, page_tokens: 16, index: {cuboid: {radius: max}}}}": TopK(1024, "cuboid", (("page_tokens", 16), ("radius", "max"))),
     "{top_k: {pages: 512, page_tokens: 8, index: mean, select: sum}}": TopK(4096, "mean", (("page_tokens", 8),), "sum"),
     "{top_k: {k: 100, index: {hnsw: {m: 16, ef: 200}}}}": TopK(100, "hnsw", (("ef", 200), ("m", 16))),
+    "{clusters: {tokens_per_cluster: 16, exact: 1.8%, estimate: 23.2%}}": TopK(
+        1.8 / 100, "clusters", (("estimate", 23.2 / 100), ("tokens_per_cluster", 16)), "sum", tail=True
+    ),
+    "{clusters: {tokens_per_cluster: 8, exact: 5%, estimate: 0%}}": TopK(
+        0.05, "clusters", (("estimate", 0.0), ("tokens_per_cluster", 8)), "sum", tail=False
+    ),
     "{top_k: {k: 100, index: {ivf: {lists: 512, probe: 32}}}}": TopK(100, "ivf", (("lists", 512), ("probe", 32))),
 }
 EVERY_WRITTEN = pytest.mark.parametrize("zone", [pytest.param(zone, marks=[NEEDS_HNSWLIB] if "hnsw" in zone else []) for zone in WRITTEN])
@@ -158,6 +168,8 @@ def test_a_zone_says_how_many_pages_it_finds():
 
 
 def test_policies_that_are_built_in():
-    spec = load_spec({"kvcompile": 1, "heads": [{"policy": "quest", "layers": 0}, {"policy": "infllm", "layers": 1}]})
+    names = ("quest", "infllm", "retroinfer")
+    spec = load_spec({"kvcompile": 1, "heads": [{"policy": name, "layers": layer} for layer, name in enumerate(names)]})
     assert spec.policies["quest"].found == TopK(1024, "minmax", (("page_tokens", 16),))
     assert spec.policies["infllm"].found == TopK(2048, "representatives", (("page_tokens", 128),))
+    assert spec.policies["retroinfer"].found == TopK(0.018, "clusters", (("estimate", 0.232), ("tokens_per_cluster", 16)), "sum", tail=True)

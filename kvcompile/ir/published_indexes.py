@@ -3,6 +3,7 @@
 minmax, cuboid, representatives, mean   find whole pages of `page_tokens` keys, each by a digest of one or two vectors
 ivf                                     lists of keys around centres, of which a query reads some
 hnsw                                    a navigable graph, of the library hnswlib
+clusters                                clusters of keys, of which some are read and some estimated
 """
 
 from __future__ import annotations
@@ -188,4 +189,44 @@ class HnswFacts:
         return 4 * head_dim  # the mean that keys are centred by
 
 
-PUBLISHED = (MinMaxFacts(), CuboidFacts(), RepresentativesFacts(), MeanFacts(), IvfFacts(), HnswFacts())
+class ClustersFacts:
+    """Clusters, the best of which are read and the next estimated.  Source: RetroInfer (Chen et al. 2025, section 4).
+
+    Options tokens_per_cluster (16), and estimate (0.232): the share of clusters that `rest` estimates.
+    """
+
+    name = "clusters"
+    estimates = True
+    scores = True
+    MOST_TOKENS = 1024  # of a cluster: so many added tokens are clustered at a time
+
+    def check(self, options: Mapping[str, Any]) -> list[Fault]:
+        known = ("tokens_per_cluster", "estimate")
+        faults = [
+            Fault(name, "is no option of clusters.", f"Write {' or '.join(known)}, or take it out.")
+            for name in options
+            if name not in known
+        ]
+        tokens, estimate = options.get("tokens_per_cluster", 16), options.get("estimate", 0.232)
+        if type(tokens) is not int or not 1 <= tokens <= self.MOST_TOKENS:
+            what = f"{tokens!r} is not allowed: a number of tokens from 1 to {self.MOST_TOKENS}."
+            faults.append(Fault("tokens_per_cluster", what, "Write for example tokens_per_cluster: 16."))
+        if type(estimate) not in (int, float) or not 0 <= estimate <= 1:
+            faults.append(Fault("estimate", f"{estimate!r} is not allowed: a share from 0 to 1.", "Write for example estimate: 0.232."))
+        return faults
+
+    def sizes(self, options: Mapping[str, Any]) -> tuple[int, float]:
+        """Tokens of a cluster, and the share of clusters that is estimated."""
+        return int(options.get("tokens_per_cluster", 16)), float(options.get("estimate", 0.232))
+
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
+        """Tokens that wait to be clustered are counted as if they were."""
+        tokens, estimate = self.sizes(options)
+        centre, mean = (head_dim * itemsize + 4) / tokens, value_dim * itemsize / tokens
+        return IndexBytes(4 + centre + mean, centre, estimate * mean)
+
+    def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
+        return 0
+
+
+PUBLISHED = (MinMaxFacts(), CuboidFacts(), RepresentativesFacts(), MeanFacts(), IvfFacts(), HnswFacts(), ClustersFacts())

@@ -27,7 +27,7 @@ from kvcompile.spec.loader import Document, from_mapping, read_yaml
 from kvcompile.spec.messages import nearest, translate
 from kvcompile.spec.overrides import apply_overrides
 from kvcompile.spec.patterns import check_pattern, read_pattern
-from kvcompile.spec.schema import MOST_TOKENS, PolicyForm, RuleForm, SpecForm, StoreForm, TopKForm
+from kvcompile.spec.schema import MOST_TOKENS, ClustersForm, PolicyForm, RuleForm, SpecForm, StoreForm, TopKForm
 from kvcompile.spec.unbuilt import UNBUILT_POLICIES, unbuilt_problems
 
 BUILT_IN = {
@@ -36,6 +36,9 @@ BUILT_IN = {
     "lookup": HeadPolicy("lookup", (SinkRecent(64, 256), TopK(0.01, "sketch", tail=True))),
     "quest": HeadPolicy("quest", (SinkRecent(16, 64), TopK(64 * 16, "minmax", (("page_tokens", 16),)))),
     "infllm": HeadPolicy("infllm", (SinkRecent(128, 4096), TopK(16 * 128, "representatives", (("page_tokens", 128),)))),
+    "retroinfer": HeadPolicy(
+        "retroinfer", (SinkRecent(4, 64), TopK(0.018, "clusters", (("estimate", 0.232), ("tokens_per_cluster", 16)), "sum", tail=True))
+    ),
 }
 
 
@@ -217,8 +220,9 @@ class _Reader:
     def _check_positions(self, policy: HeadPolicy) -> None:
         """cache_index says where a query stands among sinks: refused where there are none, and where keys far from them are shown."""
         if policy.positions == "cache_index" and policy.found is not None:
-            what = f"cache_index moves the sinks next to the window, and {type(policy.found).__name__} shows keys between them."
-            self._problem(f"policies.{policy.name}.positions", what.replace("TopK", "top_k").replace("Static", "static"), "Write absolute.")
+            kind = "static" if isinstance(policy.found, Static) else "clusters" if policy.found.index == "clusters" else "top_k"
+            what = f"cache_index moves the sinks next to the window, and {kind} shows keys between them."
+            self._problem(f"policies.{policy.name}.positions", what, "Write absolute.")
             return
         sinks = [zone.sink_tokens for zone in policy.zones if isinstance(zone, SinkRecent)]
         if policy.positions == "cache_index" and not any(sinks):
@@ -244,7 +248,24 @@ class _Reader:
                 zones.append(Static(zone.static.keys))
             if zone.top_k is not None and (top_k := self._top_k(f"policies.{name}.zones[{index}].top_k", zone.top_k)) is not None:
                 zones.append(top_k)
+            if zone.clusters is not None:
+                zones += self._clusters(f"policies.{name}.zones[{index}].clusters", zone.clusters)
         return zones
+
+    def _clusters(self, path: str, form: ClustersForm) -> list[TopK]:
+        """The zone, none where its shares are at fault, which is then said.  Query heads choose together, by the sum of their weights."""
+        options = {"estimate": form.estimate, "tokens_per_cluster": form.tokens_per_cluster}
+        faults = index_facts("clusters").check(options)
+        for fault in faults:
+            self._problem(f"{path}.{fault.option}", f"{fault.option} {fault.what}", fault.mend)
+        if form.exact <= 0:
+            self._problem(f"{path}.exact", "no cluster is read exactly.", "Write a percentage: exact: 1.8%.")
+        elif form.exact + form.estimate > 1:
+            what = f"exact and estimate are {100 * (form.exact + form.estimate):g}% of the clusters together."
+            self._problem(path, what, "Write percentages that add up to 100% at most: exact: 1.8%, estimate: 23.2%.")
+        elif not faults:
+            return [TopK(form.exact, "clusters", tuple(sorted(options.items())), "sum", form.estimate > 0)]
+        return []
 
     def _top_k(self, path: str, form: TopKForm) -> TopK | None:
         """The zone, or None where its index or k is at fault, which is then said."""

@@ -9,12 +9,12 @@ from kvcompile.ir.errors import Problem
 from kvcompile.spec.loader import Document
 from kvcompile.spec.schema import PolicyForm, SpecForm, ZoneKind
 
-BUILT_ZONES = ("all", "sink_recent", "static", "top_k")
-BUILT_POLICIES = ("full", "streaming", "lookup", "quest", "infllm")
-LOOKING_POLICIES = ("lookup", "quest", "infllm")
-FOUND_ZONES = ("static", "top_k")  # their keys are found at run time, between the sinks and the window of sink_recent
+BUILT_ZONES = ("all", "sink_recent", "static", "top_k", "clusters")
+BUILT_POLICIES = ("full", "streaming", "lookup", "quest", "infllm", "retroinfer")
+LOOKING_POLICIES = ("lookup", "quest", "infllm", "retroinfer")
+FOUND_ZONES = ("static", "top_k", "clusters")  # their keys are found at run time, between the sinks and the window of sink_recent
 BUILT_FORMATS = ("report",)
-UNBUILT_POLICIES = ("magicpig", "retroinfer")
+UNBUILT_POLICIES = ("magicpig",)
 
 
 def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
@@ -68,7 +68,7 @@ def _combination_problems(kinds: list[str], where: str) -> Iterator[Problem]:
         yield Problem(where, f"sink_recent stands behind {found[0]}.", "Write sink_recent first.")
     else:
         what = f"{' and '.join(kinds)} share tokens, which would then count twice."
-        yield Problem(where, what, "Keep one of the zones, or sink_recent and one of static, top_k behind it.")
+        yield Problem(where, what, "Keep one of the zones, or sink_recent and one of static, top_k, clusters behind it.")
 
 
 def _zone_problems(zone: ZoneKind, path: str, document: Document) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from kvcompile.ir.policy import Select
 from kvcompile.ir.published_indexes import IvfFacts
 from kvcompile.runtime.indexes.gather import keys_at
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.lists import listed
 from kvcompile.runtime.indexes.select import share_chosen
 from kvcompile.runtime.indexes.spherical import nearest_centre, spherical_centres
 from kvcompile.runtime.merge import AttentionState
@@ -74,18 +75,9 @@ class IvfIndex:
 
     def candidates(self, query_HGD: Tensor) -> Tensor:
         """Keys of the lists that each query reads, counted from `first`, int64 [H, G, C]; -1 at the end of rows that read fewer."""
-        size_HL = self.start_HL.diff(dim=1).long()
-        score_HGL = (query_HGD.float() @ self.centre_HLD.transpose(1, 2)).masked_fill(size_HL[:, None] == 0, -torch.inf)
-        list_HGR = score_HGL.topk(self._probe, 2).indices
-        heads, group, _ = list_HGR.shape
-        size_HGR, start_HGR = (each_HL[:, None].expand(-1, group, -1).gather(2, list_HGR) for each_HL in (size_HL, self.start_HL.long()))
-        end_HGR = size_HGR.cumsum(2)
-        slot_HGC = torch.arange(int(end_HGR[..., -1].max())).expand(heads, group, -1).contiguous()
-        turn_HGC = torch.searchsorted(end_HGR, slot_HGC, right=True).clamp_max(self._probe - 1)
-        place_HGC = slot_HGC + (start_HGR - end_HGR + size_HGR).gather(2, turn_HGC)
-        read_HGC = slot_HGC < end_HGR[..., -1:]
-        key_HGC = self.order_HT.long()[:, None].expand(-1, group, -1).gather(2, place_HGC.masked_fill(~read_HGC, 0))
-        return key_HGC.masked_fill(~read_HGC, -1)
+        empty_HL = self.start_HL.diff(dim=1) == 0
+        score_HGL = (query_HGD.float() @ self.centre_HLD.transpose(1, 2)).masked_fill(empty_HL[:, None], -torch.inf)
+        return listed(self.order_HT, self.start_HL, score_HGL.topk(self._probe, 2).indices)
 
     def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
         return None

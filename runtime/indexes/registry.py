@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.ir.indexes import index_facts, index_names
+from kvcompile.runtime.indexes.clusters import Clusters
 from kvcompile.runtime.indexes.flat import Flat
 from kvcompile.runtime.indexes.hnsw import Hnsw
 from kvcompile.runtime.indexes.index import IndexKind, KeyIndex
@@ -27,7 +28,7 @@ from kvcompile.runtime.indexes.sketch import Sketch
 
 FORMAT = 1
 _BUILT_IN: dict[str, IndexKind] = {
-    kind.name: kind for kind in (Flat(), Sketch(), MinMax(), Cuboid(), Representatives(), Mean(), Ivf(), Hnsw())
+    kind.name: kind for kind in (Flat(), Sketch(), MinMax(), Cuboid(), Representatives(), Mean(), Ivf(), Hnsw(), Clusters())
 }
 
 

@@ -18,10 +18,12 @@ from torch import Tensor
 from kvcompile.ir.errors import SpecError, TargetError
 from kvcompile.ir.indexes import BLOCK_TOKENS, RECENT_STRIDE, index_facts
 from kvcompile.ir.policy import Select
+from kvcompile.runtime.indexes import clusters
 from kvcompile.runtime.indexes.hnsw import _asked
 from kvcompile.runtime.indexes.index import KeyIndex, Prompt, RecentQueries
 from kvcompile.runtime.indexes.registry import index_kind, load_index, save_index
 from kvcompile.runtime.indexes.spherical import spherical_centres
+from kvcompile.runtime.merge import AttentionState, merge_states
 from kvcompile.runtime.spans import Span
 from kvcompile.spec import load_spec
 
@@ -96,6 +98,7 @@ CASES = {
     "mean of 48": Case("mean", {"page_tokens": 48}, 384, 0.8),
     "ivf": Case("ivf", {"lists": 32, "probe": 4}, 60, 0.7),
     "hnsw": Case("hnsw", {"m": 8, "ef": 64}, 60, 0.8),
+    "clusters": Case("clusters", {"tokens_per_cluster": 16, "estimate": 0.25}, 160, 0.8),
 }
 NEEDS_HNSWLIB = pytest.mark.skipif(importlib.util.find_spec("hnswlib") is None, reason="hnswlib is not installed")
 EVERY = pytest.mark.parametrize(
@@ -478,3 +481,120 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
         )
     with pytest.raises(TargetError, match=f"index hnsw: the index hnsw {told}"):
         index_kind("hnsw").build(0, past().prompt(0, 64), {})
+
+
+# --- clusters --------------------------------------------------------------------------------------------------------------------------
+
+
+def members(index: KeyIndex, head: int) -> list[list[int]]:
+    """The positions in each cluster of a KV head."""
+    parts = index.order_HT[head].split(index.size_HN[head].tolist())
+    return [[index.first + place for place in part.tolist()] for part in parts]
+
+
+def by_definition(given: Past, index: KeyIndex, query_GD: Tensor, head: int, exact: int, estimated: int) -> tuple[set[int], Tensor, Tensor]:
+    """Positions read, and out [G, E] and lse [G] of what is estimated: in float64, from the clusters' keys alone."""
+    clusters = members(index, head)
+    key_TD, value_TE = given.key_HTD[head].double(), given.value_HTE[head].double()
+    centre_ND, mean_NE = (torch.stack([each[part].mean(0) for part in clusters]) for each in (key_TD, value_TE))
+    logit_GN = query_GD.double() @ centre_ND.T
+    ranked = torch.softmax(logit_GN, 1).sum(0).argsort(descending=True).tolist()
+    read = {position for each in ranked[:exact] for position in clusters[each]}
+    beside = ranked[exact : exact + estimated]
+    size_N = torch.tensor([len(part) for part in clusters]).double()
+    weight_GM = size_N[beside] * torch.exp(logit_GN[:, beside])
+    return read, weight_GM @ mean_NE[beside] / weight_GM.sum(1, keepdim=True), weight_GM.sum(1).log()
+
+
+def test_clusters_are_read_estimated_and_left_out_as_published():
+    given = past()
+    index = CASES["clusters"].build(given)
+    assert (index.size_HN > 0).all() and index.size_HN.shape == (HEADS, 64)
+    found = index.search(given.asked(), 160, "sum", given.keys)
+    rest = index.rest(given.asked(), found)
+    rows = positions(found.position_HGK)
+    for head in range(HEADS):
+        read, out_GE, lse_G = by_definition(given, index, given.asked()[head], head, 10, 16)
+        assert rows[head * GROUP : (head + 1) * GROUP] == [read] * GROUP
+        torch.testing.assert_close(rest.out[head].double(), out_GE, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rest.lse[head].double(), lse_G, rtol=1e-5, atol=1e-5)
+
+
+def test_an_estimate_is_never_more_than_the_keys_weigh():
+    given = past()
+    index = index_kind("clusters").build(FIRST, given.prompt(FIRST, 1024 + FIRST), {"estimate": 1.0})
+    for number in range(10):
+        query_HGD = 4 * given.asked(number)
+        found = index.search(query_HGD, 32, "sum", given.keys)
+        rest = index.rest(query_HGD, found)
+        logit_HGT = query_HGD.double() @ given.key_HTD[:, FIRST : 1024 + FIRST].double().transpose(1, 2)
+        read_HGK = torch.where(found.position_HGK >= 0, found.position_HGK - FIRST, 1024)
+        read_HGT = torch.zeros(HEADS, GROUP, 1025, dtype=torch.bool).scatter_(2, read_HGK, True)[..., :1024]
+        assert (rest.lse <= logit_HGT.masked_fill(read_HGT, -torch.inf).logsumexp(2) + 1e-5).all()
+
+
+def test_the_estimate_lowers_the_error():
+    given = past()
+    index = CASES["clusters"].build(given)
+    errors = []
+    for number in range(10):
+        query_HGD = given.asked(number)
+        found = index.search(query_HGD, 64, "sum", given.keys)
+        rest = index.rest(query_HGD, found)
+        key_HTD, value_HTE = (each[:, FIRST : 1024 + FIRST].double() for each in (given.key_HTD, given.value_HTE))
+        logit_HGT = query_HGD.double() @ key_HTD.transpose(1, 2)
+        read_HGK = torch.where(found.position_HGK >= 0, found.position_HGK - FIRST, 1024)
+        read_HGT = torch.zeros(HEADS, GROUP, 1025, dtype=torch.bool).scatter_(2, read_HGK, True)[..., :1024]
+        read = AttentionState(
+            torch.softmax(logit_HGT.masked_fill(~read_HGT, -torch.inf), 2) @ value_HTE,
+            logit_HGT.masked_fill(~read_HGT, -torch.inf).logsumexp(2),
+        )
+        expected = torch.softmax(logit_HGT, 2) @ value_HTE
+        both = merge_states(read, AttentionState(rest.out.double(), rest.lse.double()))
+        errors.append([float((each.out - expected).norm() / expected.norm()) for each in (both, read)])
+    with_it, without = torch.tensor(errors).mean(0)
+    assert with_it < 0.6 * without
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64])
+def test_where_all_is_read_nothing_is_estimated(tokens):
+    given = past()
+    for estimate in (0.0, 0.3, 1.0):
+        index = index_kind("clusters").build(FIRST, given.prompt(FIRST, FIRST + tokens), {"estimate": estimate})
+        rest = index.rest(given.asked(), index.search(given.asked(), max(1, tokens), "sum", given.keys))
+        assert (rest.lse == -torch.inf).all() and (rest.out == 0).all() and rest.out.shape == (HEADS, GROUP, VALUE_DIM)
+
+
+def test_added_tokens_wait_and_become_clusters_together():
+    given = past(3000)
+    index = CASES["clusters"].build(given, FIRST, 512 + FIRST)
+    grow(index, given, 512 + 992 + FIRST)
+    waiting = set(range(512 + FIRST, 512 + 992 + FIRST))
+    found = index.search(given.asked(), 64, "sum", given.keys).position_HGK
+    assert all(waiting <= row for row in positions(found)) and index.size_HN.shape[1] == 32
+    child = index.fork()
+    grow(index, given, 512 + 2080 + FIRST)
+    later = index.search(given.asked(), 64, "sum", given.keys).position_HGK
+    assert all(len(row) < 512 for row in positions(later)) and index.size_HN.shape[1] == 32 + 128
+    covered = sorted(position for part in members(index, 0) for position in part)
+    assert covered == list(range(FIRST, 512 + 2048 + FIRST))
+    facts = index_facts("clusters").bytes_per_token(DIM, VALUE_DIM, 4, {"tokens_per_cluster": 16, "estimate": 0.25})
+    assert index.nbytes() == HEADS * (512 + 2048) * facts.held
+    assert index.scanned_bytes(tail=True) == HEADS * (512 + 2048) * (facts.searched + facts.estimated)
+    index.rollback(512 + 992 + FIRST)
+    assert torch.equal(index.search(given.asked(), 64, "sum", given.keys).position_HGK, found)
+    for each in (index, child):
+        grow(each, given, 512 + 2080 + FIRST, step=96)
+        assert torch.equal(each.search(given.asked(), 64, "sum", given.keys).position_HGK, later)
+
+
+def test_long_pasts_are_clustered_in_segments(monkeypatch):
+    monkeypatch.setattr(clusters, "SEGMENT_TOKENS", 300)
+    given = past()
+    index = CASES["clusters"].build(given)
+    assert index.size_HN.shape == (HEADS, 64) and (index.size_HN.sum(1) == 1024).all()
+    for head in range(HEADS):  # a key may join a cluster of another segment
+        part_of = {position: number for number, part in enumerate(members(index, head)) for position in part}
+        assert any(abs(part_of[FIRST + place] // 21 - place // 341) >= 1 for place in range(1024))
+    one = by_definition(given, index, given.asked()[0], 0, 10, 16)[0]
+    assert positions(index.search(given.asked(), 160, "sum", given.keys).position_HGK)[0] == one

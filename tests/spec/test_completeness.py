@@ -17,10 +17,11 @@ ZONES = {
     "sink_recent": {"sink_tokens": 3, "recent_tokens": 5},
     "sample": {"lsh": {}},
     "static": {"keys": 7},
+    "clusters": {"tokens_per_cluster": 8, "exact": "5%", "estimate": "11%"},
     "top_k": {"k": 9, "index": {"sketch": {"bytes_per_key": 12}}},
 }
 PAGES = {"pages": 5, "page_tokens": 48, "index": "minmax"}
-BESIDE_SINKS = ("static", "top_k")
+BESIDE_SINKS = ("static", "top_k", "clusters")
 
 
 def container(annotation):

@@ -70,7 +70,7 @@ LOOKUP = f"policies: {{a: {{zones: [{SINKS}, {{top_k: {{"
         ("heads: [{layers: 1}]", "s.yaml:2: heads[0].policy: is missing: the name of a policy.\n  Write for example policy: full."),
         (
             "heads: [{policy: strem}]",
-            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, infllm, lookup, quest, streaming).\n'
+            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, infllm, lookup, quest, retroinfer, streaming).\n'
             '  Did you mean "streaming"?',
         ),
         ("heads: [{policy: zzz}]", "Name one of them, or add it under policies."),
@@ -227,7 +227,6 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
     ("body", "message"),
     [
         ("policies: {a: {zones: [{sample: {lsh: {hash_bits: 8, tables: 75}}}]}}", "zone kind sample is not built"),
-        ("policies: {a: {zones: [{clusters: {exact: 1.8%}}]}}", "zone kind clusters is not built"),
         (
             f"target: {{device: cuda}}\n{LOOKUP} k: 1%}}}}]}}}}",
             "s.yaml:3: policies.a.zones[1].top_k: zone kind top_k on cuda is not built in kvcompile 0.1.0.\n  Write target.device: cpu.",
@@ -259,9 +258,8 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
         ("output: {directory: x, formats: [onnx]}", "output format onnx is not built"),
         (
             "heads: [{policy: magicpig}]",
-            "s.yaml:2: heads[0].policy: policy magicpig is not built in kvcompile 0.1.0.\n  Built: full, streaming, lookup, quest, infllm,",
+            "s.yaml:2: heads[0].policy: policy magicpig is not built in kvcompile 0.1.0.\n  Built: full, streaming, lookup, quest,",
         ),
-        ("heads: [{policy: retroinfer}]", "policy retroinfer is not built"),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
@@ -362,6 +360,31 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
             f"{LOOKUP} k: 4, index: {{ivf: {{lists: 16, probe: 17}}}}}}}}]}}}}",
             "policies.a.zones[1].top_k.index.ivf.probe: probe 17 is not allowed: a number from 1 to 16, how many lists there are.",
         ),
+        (
+            "policies: {a: {zones: [{clusters: {exact: 1.8%}}]}}",
+            "s.yaml:2: policies.a.zones: clusters finds keys between sinks and window, and no zone says which these are.",
+        ),
+        (
+            f"policies: {{a: {{zones: [{SINKS}, {{clusters: {{exact: 0%}}}}]}}}}",
+            "policies.a.zones[1].clusters.exact: no cluster is read exactly.\n  Write a percentage: exact: 1.8%.",
+        ),
+        (
+            f"policies: {{a: {{zones: [{SINKS}, {{clusters: {{exact: 40%, estimate: 61%}}}}]}}}}",
+            "policies.a.zones[1].clusters: exact and estimate are 101% of the clusters together.",
+        ),
+        (
+            f"policies: {{a: {{zones: [{SINKS}, {{clusters: {{tokens_per_cluster: 2000}}}}]}}}}",
+            "policies.a.zones[1].clusters.tokens_per_cluster: tokens_per_cluster 2000 is not allowed: a number of tokens from 1 to 1024.",
+        ),
+        (
+            f"policies: {{a: {{zones: [{SINKS}, {{clusters: {{}}}}], positions: cache_index}}}}",
+            "policies.a.positions: cache_index moves the sinks next to the window, and clusters shows keys between them.",
+        ),
+        (
+            f"{LOOKUP} k: 4, index: {{clusters: {{estimate: 23.2%}}}}}}}}]}}}}",
+            "zones[1].top_k.index.clusters.estimate: estimate '23.2%' is not allowed: a share from 0 to 1.",
+        ),
+        (f"{LOOKUP} k: 4, index: {{clusters: {{size: 9}}}}}}}}]}}}}", "top_k.index.clusters.size: size is no option of clusters."),
         (f"{LOOKUP} k: 4, index: {{ivf: {{lists: 0}}}}}}}}]}}}}", "policies.a.zones[1].top_k.index.ivf.lists: lists 0 is not allowed"),
         (
             f"{LOOKUP} k: 4, index: {{ivf: {{nprobe: 3}}}}}}}}]}}}}",
