@@ -108,7 +108,7 @@ def _axes(title: str, widest: float, low: float, high: float) -> list[str]:
 def _lines(curves: Mapping[str, Curve], looks: Mapping[str, Look], widest: float, low: float, high: float) -> list[str]:
     parts, ends = [], []
     for name, look in looks.items():
-        shown = _inside(curves[name], widest, low)
+        shown = _inside(curves.get(name, ()), widest, low)
         if not shown:
             continue
         places = [(_x(size, widest), _y(error, low, high)) for size, error in shown]

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from curves import Curve, Look, Point, error_at, picture, size_at
 from harness import RESULTS, machine
+from published_methods import CUBOIDS, HNSW, IVF, PAGES, REPRESENTATIVES, RETROINFER, published
 from real_keys import SOURCES, Site, Source, sites
 from retrieval_methods import (
     CLUSTERS_TAIL,
@@ -31,7 +32,6 @@ from retrieval_methods import (
     LARGE_CLUSTERS_TAIL,
     OURS,
     OURS_WITHOUT_TAIL,
-    PAGES,
     STATIC,
     STREAMING,
     Past,
@@ -61,6 +61,11 @@ LOOKS = {
     INT4: Look("#2da44e"),
     STATIC: Look("#bf8700"),
     STREAMING: Look("#c2559d"),
+    CUBOIDS: Look("#a371f7", 1.2, "4 2"),
+    REPRESENTATIVES: Look("#a371f7", 1.2, "1 3"),
+    RETROINFER: Look("#2f81f7", 1.2, "4 2"),
+    IVF: Look("#1b7c83"),
+    HNSW: Look("#1b7c83", 1.2, "4 2"),
 }
 
 
@@ -100,7 +105,8 @@ def measure(site: Site, query_head: int, view: str) -> dict[str, list[tuple[floa
         error = ((state.out - true_GQE).norm(dim=2) / true_GQE.norm(dim=2)).mean()
         return 100 * (rows_read(read_GQT) * row_bytes + answer.scanned) / (end * row_bytes), float(error)
 
-    return {name: [point(search, share) for share in SHARES] for name, search in searches(past, view == TOGETHER).items()}
+    methods = searches(past, view == TOGETHER) | published(past)
+    return {name: [point(search, share) for share in SHARES] for name, search in methods.items()}
 
 
 def curves_of(source: Source, captured: Mapping[int, Site], view: str) -> dict[str, list[Point]]:

@@ -23,7 +23,6 @@ from kvcompile.runtime.indexes.sketch import SketchIndex, build_sketch
 from kvcompile.runtime.merge import AttentionState
 from kvcompile.runtime.query_sample import QuerySample
 
-PAGE_TOKENS = 16
 POSITION_BYTES = 4  # of a key that is read, where the index does not hold keys in the order of their positions
 _ROUNDS = 10  # of k-means
 
@@ -107,22 +106,6 @@ def make_sketch(past: Past, units: int, scanned: float = SCANNED) -> SketchIndex
     return build_sketch(past.first, prompt, units, SketchFacts().run_units(past.key_TD.shape[1]), scanned)
 
 
-def minmax_pages(past: Past) -> Search:
-    """Whole pages, by the largest logit that the page's smallest and largest coordinates allow.  Source: Quest (Tang et al. 2024)."""
-    page_of_T = torch.arange(len(past.key_TD)) // PAGE_TOKENS
-    pages_PD = past.key_TD.split(PAGE_TOKENS)
-    low_PD = torch.stack([page_TD.amin(0) for page_TD in pages_PD]).bfloat16().float()
-    high_PD = torch.stack([page_TD.amax(0) for page_TD in pages_PD]).bfloat16().float()
-
-    def search(query_GQD: Tensor, k: int) -> Answer:
-        bound_GQP = query_GQD.clamp_min(0) @ high_PD.T + query_GQD.clamp_max(0) @ low_PD.T
-        chosen_GQP = torch.zeros_like(bound_GQP, dtype=torch.bool)
-        chosen_GQP.scatter_(2, bound_GQP.topk(max(1, k // PAGE_TOKENS), 2).indices, True)
-        return Answer(chosen_GQP[..., page_of_T], 2 * low_PD.numel() * 2)
-
-    return search
-
-
 def clusters(past: Past, tokens_per_cluster: int, tail: bool) -> Search:
     """Whole clusters, by their centre's logit, until k keys are read; the others weigh as their centres do and answer with their mean
     value.  A centre, a mean value and a size are read of each.  Source: RetroInfer (Chen et al. 2025)."""
@@ -188,7 +171,6 @@ def static_keys(past: Past) -> Search:
 OURS = "lookup"
 OURS_WITHOUT_TAIL = "lookup, no tail"
 EXACT = "exact top-k"
-PAGES = "min-max pages"
 CLUSTERS = "clusters of 16"
 CLUSTERS_TAIL = "clusters of 16, tail"
 LARGE_CLUSTERS_TAIL = "clusters of 32, tail"
@@ -212,7 +194,6 @@ def searches(past: Past, group: bool) -> dict[str, Search]:
     for share in (SCANNED / 2, 2 * SCANNED, 1.0):
         found[f"{OURS}, {share:.3g} of the runs looked at"] = sketch(past, make_sketch(past, units, share))
     found |= {
-        PAGES: minmax_pages(past),
         CLUSTERS: clusters(past, 16, False),
         CLUSTERS_TAIL: clusters(past, 16, True),
         LARGE_CLUSTERS_TAIL: clusters(past, 32, True),

@@ -139,11 +139,11 @@ class IvfFacts:
     def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
         """Lists are counted as equally long; queries read the longer ones more often."""
         lists, probe = self.lists(options)
-        return IndexBytes(6.0, probe / lists * (4 + head_dim * itemsize), 0.0, 4 * (lists * head_dim + lists + 1))
+        return IndexBytes(6.0, probe / lists * (4 + head_dim * itemsize), 0.0, 2 * lists * head_dim + 4 * (lists + 1))
 
     def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
         lists, _ = self.lists(options)
-        return 4 * (lists * head_dim + head_dim + lists + 1)
+        return 2 * lists * head_dim + 4 * (head_dim + lists + 1)
 
 
 class HnswFacts:

@@ -48,8 +48,8 @@ class Graphs:
         library = _library()
         self._sizes, self._room, self._head_dim = sizes, 1, head_dim
         self.tokens = 0
-        self._graphs = [library.Index("ip", head_dim) for _ in range(heads)]
-        for graph in self._graphs:
+        self.graphs = [library.Index("ip", head_dim) for _ in range(heads)]
+        for graph in self.graphs:
             graph.init_index(1, M=sizes.m, ef_construction=sizes.ef_construction, random_seed=_SEED)
 
     def add(self, key_HTD: Tensor) -> None:
@@ -58,7 +58,7 @@ class Graphs:
         if tokens > self._room:
             self._room = tokens if not self.tokens else max(tokens, 2 * self._room)
         label_T = torch.arange(self.tokens, tokens).numpy()
-        for graph, key_TD in zip(self._graphs, key_HTD, strict=True):
+        for graph, key_TD in zip(self.graphs, key_HTD, strict=True):
             if graph.get_max_elements() < self._room:
                 graph.resize_index(self._room)
             if len(label_T):
@@ -68,13 +68,13 @@ class Graphs:
     def keys(self, tokens: int) -> Tensor:
         """The first keys as they were added, float32 [H, T, D]."""
         if not tokens:
-            return torch.zeros(len(self._graphs), 0, self._head_dim)
+            return torch.zeros(len(self.graphs), 0, self._head_dim)
         label_T = torch.arange(tokens).numpy()
-        return torch.stack([torch.from_numpy(graph.get_items(label_T)) for graph in self._graphs])
+        return torch.stack([torch.from_numpy(graph.get_items(label_T)) for graph in self.graphs])
 
     def remade(self, tokens: int) -> Graphs:
         """Graphs of the first keys, as they were when there were no others."""
-        other = Graphs(len(self._graphs), self._head_dim, self._sizes)
+        other = Graphs(len(self.graphs), self._head_dim, self._sizes)
         other.add(self.keys(tokens))
         return other
 
@@ -84,7 +84,7 @@ class Graphs:
         if self.tokens <= k:
             return torch.arange(self.tokens).expand(heads, group, -1)
         found_HGC = torch.full((heads, group, k), -1)
-        for found_GC, graph, query_GD in zip(found_HGC, self._graphs, query_HGD.float().contiguous().numpy(), strict=True):
+        for found_GC, graph, query_GD in zip(found_HGC, self.graphs, query_HGD.float().contiguous().numpy(), strict=True):
             graph.set_ef(max(self._sizes.ef, k))
             for found_C, query_D in zip(found_GC, query_GD, strict=True):
                 label_C = _asked(graph, query_D, k)
@@ -93,7 +93,7 @@ class Graphs:
 
     def nbytes(self) -> int:
         """As the library writes them: keys, labels, neighbours."""
-        return sum(int(graph.index_file_size()) for graph in self._graphs) if self.tokens else 0
+        return sum(int(graph.index_file_size()) for graph in self.graphs) if self.tokens else 0
 
 
 def _asked(graph: Any, query_D: Any, k: int) -> Tensor:

@@ -27,7 +27,7 @@ from kvcompile.runtime.merge import AttentionState
 
 
 class IvfIndex:
-    """centre_HLD: of the lists, float32; mean_HD: what keys are centred by, float32; list_HT: the list of each key, int16.
+    """centre_HLD: of the lists, bfloat16; mean_HD: what keys are centred by, float32; list_HT: the list of each key, int16.
 
     order_HT: keys by list, in each by position, int32; start_HL: where each list starts in it, int32 [H, L + 1].
     row_bytes: of one key.  Tensors are replaced, never changed: forks share them.
@@ -57,7 +57,7 @@ class IvfIndex:
         return self._first + self.list_HT.shape[1]
 
     def add(self, key_HTD: Tensor, value_HTE: Tensor) -> None:
-        new_HT = nearest_centre(key_HTD.float() - self.mean_HD[:, None], self.centre_HLD)
+        new_HT = nearest_centre(key_HTD.float() - self.mean_HD[:, None], self.centre_HLD.float())
         self._put(torch.cat([self.list_HT, new_HT.to(torch.int16)], 1))
 
     def search(self, query_HGD: Tensor, k: int, select: Select, keys: Keys) -> Found:
@@ -76,7 +76,7 @@ class IvfIndex:
     def candidates(self, query_HGD: Tensor) -> Tensor:
         """Keys of the lists that each query reads, counted from `first`, int64 [H, G, C]; -1 at the end of rows that read fewer."""
         empty_HL = self.start_HL.diff(dim=1) == 0
-        score_HGL = (query_HGD.float() @ self.centre_HLD.transpose(1, 2)).masked_fill(empty_HL[:, None], -torch.inf)
+        score_HGL = (query_HGD.float() @ self.centre_HLD.float().transpose(1, 2)).masked_fill(empty_HL[:, None], -torch.inf)
         return listed(self.order_HT, self.start_HL, score_HGL.topk(self._probe, 2).indices)
 
     def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
@@ -118,18 +118,25 @@ class Ivf(IvfFacts):
         heads, tokens, head_dim = key_HTD.shape
         lists, probe = self.lists(options)
         mean_HD = key_HTD.mean(1) if tokens else key_HTD.new_zeros(heads, head_dim)
-        centre_HLD, list_HT = key_HTD.new_zeros(heads, lists, head_dim), torch.zeros(heads, tokens, dtype=torch.int64)
+        centre_HLD = torch.zeros(heads, lists, head_dim, dtype=torch.bfloat16)
+        list_HT = torch.zeros(heads, tokens, dtype=torch.int64)
         if tokens:
             used = min(lists, tokens)
             centre_HLD[:, :used] = spherical_centres(key_HTD - mean_HD[:, None], used)
-            list_HT = nearest_centre(key_HTD - mean_HD[:, None], centre_HLD[:, :used])
+            list_HT = nearest_centre(key_HTD - mean_HD[:, None], centre_HLD[:, :used].float())
         row_bytes = head_dim * prompt.key_HTD.dtype.itemsize
         return IvfIndex(first, probe, row_bytes, centre_HLD, mean_HD, list_HT.to(torch.int16))
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> IvfIndex:
         centre_HLD, mean_HD, list_HT = (tensors[name] for name in ("centre", "mean", "list"))
         heads, lists, head_dim = centre_HLD.shape
-        if mean_HD.shape != (heads, head_dim) or list_HT.dim() != 2 or len(list_HT) != heads or list_HT.dtype != torch.int16:
+        if (
+            centre_HLD.dtype != torch.bfloat16
+            or mean_HD.shape != (heads, head_dim)
+            or list_HT.dim() != 2
+            or len(list_HT) != heads
+            or list_HT.dtype != torch.int16
+        ):
             raise ValueError(f"lists of shape {tuple(list_HT.shape)} for centres of shape {tuple(centre_HLD.shape)}")
         if list_HT.numel() and not 0 <= int(list_HT.min()) <= int(list_HT.max()) < lists:
             raise ValueError(f"a key is in list {int(list_HT.max())} of {lists}")
