@@ -150,6 +150,7 @@ class HnswFacts:
     """A hierarchical navigable small world (Malkov and Yashunin 2016), of the library hnswlib, by inner product.
 
     Options m (16), ef (200) and ef_construction (200): neighbours of a key, and how many candidates a search and an insertion keep.
+    centred (true): whether keys are centred by their mean; without it far less is found (runtime/indexes/hnsw.py has the numbers).
     """
 
     name = "hnsw"
@@ -158,8 +159,11 @@ class HnswFacts:
     LIMITS: ClassVar[dict[str, tuple[int, int, int]]] = {"m": (16, 2, 128), "ef": (200, 1, 65536), "ef_construction": (200, 1, 65536)}
 
     def check(self, options: Mapping[str, Any]) -> list[Fault]:
-        others = [name for name in options if name not in self.LIMITS]
-        faults = [Fault(name, "is no option of hnsw.", f"Write one of {', '.join(self.LIMITS)}, or take it out.") for name in others]
+        known = (*self.LIMITS, "centred")
+        others = [name for name in options if name not in known]
+        faults = [Fault(name, "is no option of hnsw.", f"Write one of {', '.join(known)}, or take it out.") for name in others]
+        if type(options.get("centred", True)) is not bool:
+            faults.append(Fault("centred", f"{options['centred']!r} is not allowed: true or false.", "Write centred: true."))
         for name, (usual, least, most) in self.LIMITS.items():
             value = options.get(name, usual)
             if type(value) is not int or not least <= value <= most:

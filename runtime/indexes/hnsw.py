@@ -2,7 +2,9 @@
 
 Letters: H KV heads, G queries per KV head, T keys, C candidates, K keys found, D head_dim.
 
-The library holds keys of its own, in float32, centred by the mean of those that the index was made from.  What it cannot do:
+The library holds keys of its own, in float32, centred by the mean of those that the index was made from.  Queries do not care, the graph
+does: inner products are no distance, and keys share a large mean.  On real queries of SmolLM2 at 8K (m 16, ef 200) recall@100 is 0.99 and
+0.89 on layers 28 and 20, and 0.23 and 0.60 with `centred: false`.  What the library cannot do:
 1. Forget.  So keys that were there when the index was made are one graph, those that were added since another, the tail.  A search asks
    both; the best of what they found are compared by the session's own keys.  A rollback makes the tail anew from its first keys.
 2. Be copied: a copy goes on with other random layers than the original.  So forks share the graphs until one of them adds keys, which then
@@ -196,7 +198,7 @@ class Hnsw(HnswFacts):
     def build(self, first: int, prompt: Prompt, options: Mapping[str, Any]) -> HnswIndex:
         heads, tokens, head_dim = prompt.key_HTD.shape
         key_HTD = prompt.key_HTD.float()
-        mean_HD = key_HTD.mean(1) if tokens else key_HTD.new_zeros(heads, head_dim)
+        mean_HD = key_HTD.mean(1) if tokens and options.get("centred", True) else key_HTD.new_zeros(heads, head_dim)
         sizes = Sizes(*(self.value(options, name) for name in Sizes._fields))
         base = Graphs(heads, head_dim, sizes)
         base.add(key_HTD - mean_HD[:, None])

@@ -455,6 +455,25 @@ def test_a_wide_search_of_a_graph_is_exact():
     assert sum(hits) > 0.97 * 50 * len(hits)
 
 
+@NEEDS_HNSWLIB
+def test_keys_with_a_large_mean_are_found_because_they_are_centred():
+    given = past()
+    direction_HD = torch.nn.functional.normalize(torch.randn(HEADS, DIM, generator=torch.Generator().manual_seed(3)), dim=1)
+    given.key_HTD += 30 * direction_HD[:, None] * (1 + 0.1 * torch.randn(HEADS, 1200, 1, generator=torch.Generator().manual_seed(4)))
+    recalls = []
+    for centred in (True, False):
+        index = index_kind("hnsw").build(0, given.prompt(0, 1024), {"m": 8, "ef": 64, "centred": centred})
+        hits = 0
+        for number in range(10):
+            query_HGD = given.asked(number)
+            query_HGD = query_HGD - (query_HGD * direction_HD[:, None]).sum(2, keepdim=True) * direction_HD[:, None]
+            best = (query_HGD @ given.key_HTD[:, :1024].transpose(1, 2)).topk(30, 2).indices.flatten(0, 1).tolist()
+            found = positions(index.search(query_HGD, 60, "per_query_head", given.keys).position_HGK)
+            hits += sum(len(row & set(expected)) for row, expected in zip(found, best, strict=True))
+        recalls.append(hits / (10 * HEADS * GROUP * 30))
+    assert recalls[0] > 0.9 and recalls[1] < 0.7
+
+
 def test_a_graph_that_reaches_fewer_keys_says_which():
     class Graph:
         def knn_query(self, data, k, num_threads):

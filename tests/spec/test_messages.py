@@ -384,6 +384,7 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
             f"{LOOKUP} k: 4, index: {{clusters: {{estimate: 23.2%}}}}}}}}]}}}}",
             "zones[1].top_k.index.clusters.estimate: estimate '23.2%' is not allowed: a share from 0 to 1.",
         ),
+        (f"{LOOKUP} k: 4, index: {{hnsw: {{centred: 1}}}}}}}}]}}}}", "hnsw.centred: centred 1 is not allowed: true or false."),
         (f"{LOOKUP} k: 4, index: {{clusters: {{size: 9}}}}}}}}]}}}}", "top_k.index.clusters.size: size is no option of clusters."),
         (f"{LOOKUP} k: 4, index: {{ivf: {{lists: 0}}}}}}}}]}}}}", "policies.a.zones[1].top_k.index.ivf.lists: lists 0 is not allowed"),
         (
