@@ -617,3 +617,23 @@ def test_long_pasts_are_clustered_in_segments(monkeypatch):
         assert any(abs(part_of[FIRST + place] // 21 - place // 341) >= 1 for place in range(1024))
     one = by_definition(given, index, given.asked()[0], 0, 10, 16)[0]
     assert positions(index.search(given.asked(), 160, "sum", given.keys).position_HGK)[0] == one
+
+
+@pytest.mark.parametrize("name", ["mean", "clusters"])
+def test_a_soft_cap_joins_what_the_group_adds_up(name):
+    """Of logits far above the cap all weigh the same: the sums differ from those without it."""
+    given = past()
+    options = {"page_tokens": 16} if name == "mean" else {"estimate": 1.0}
+    prompt = dataclasses.replace(given.prompt(FIRST, 1024 + FIRST), soft_cap=2.0)
+    index = index_kind(name).build(FIRST, prompt, options)
+    query_HGD = 3 * given.asked()
+    score_HGN = index.page_scores(query_HGD) if name == "mean" else index.scores(query_HGD)
+    vector_HND = index.digest_HNVD[:, :, 0] if name == "mean" else index.centre_HND
+    raw_HGN = query_HGD.double() @ vector_HND.double().transpose(1, 2)
+    torch.testing.assert_close(score_HGN.double(), 2 * torch.tanh(raw_HGN / 2), rtol=1e-4, atol=1e-4)
+    if name == "clusters":
+        found = index.search(query_HGD, 16, "sum", given.keys)
+        weight_HGN = index.size_HN[:, None] * torch.exp(score_HGN.double())
+        best_HN = torch.softmax(score_HGN.double(), 2).sum(1).argmax(1)
+        left_HG = weight_HGN.sum(2) - weight_HGN.gather(2, best_HN[:, None, None].expand(-1, GROUP, 1)).squeeze(2)
+        torch.testing.assert_close(index.rest(query_HGD, found).lse.double(), left_HG.log(), rtol=1e-4, atol=1e-4)
