@@ -48,7 +48,7 @@ def published(past: Past) -> dict[str, Search]:
 def make(past: Past, name: str, options: Mapping[str, Any]) -> KeyIndex:
     sample = past.sample
     keys, values = past.key_TD[None].bfloat16(), past.value_TE[None].bfloat16()
-    prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), queries_per_kv=past.queries_per_kv)
+    prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), past.queries_per_kv, len(keys[0]) // 100)
     return index_kind(name).build(past.first, prompt, options)
 
 
@@ -58,7 +58,7 @@ def whole(past: Past, name: str, options: Mapping[str, Any], select: Select = "p
 
     def search(query_GQD: Tensor, k: int) -> Answer:
         read_GQT, rest = _each_query(past, index, query_GQD, k, select)
-        return Answer(read_GQT, index.scanned_bytes(rest is not None) + row_bytes * rows_read(read_GQT), rest)
+        return Answer(read_GQT, index.scanned_bytes(rest is not None, k) + row_bytes * rows_read(read_GQT), rest)
 
     return search
 
@@ -164,7 +164,7 @@ def _each_query(past: Past, index: KeyIndex, query_GQD: Tensor, k: int, select: 
         found = index.search(asked_HGD, k, select, lambda first, end: (span.between(first, end),))
         for row_T, position_K in zip(read_GQT[:, query], found.position_HGK[0], strict=True):
             row_T[position_K[position_K >= 0] - past.first] = True
-        rests.append(index.rest(asked_HGD, found))
+        rests.append(index.rest(asked_HGD, found, torch.zeros(1, group)))  # none of these asks what was read
     kept = [rest for rest in rests if rest is not None]
     if not kept:
         return read_GQT, None

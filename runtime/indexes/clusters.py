@@ -76,12 +76,12 @@ class ClustersIndex:
         tokens, clustered = self._end - self._first, self.order_HT.shape[1]
         wanted = max(1, math.ceil(k / self._tokens_per_cluster))
         if k >= tokens or wanted >= self.size_HN.shape[1]:
-            return Found(torch.arange(self._first, self._end).expand(heads, group, tokens))
+            return Found(torch.arange(self._first, self._end).expand(heads, group, tokens), k)
         chosen_HGM = select_keys(self.scores(query_HGD), wanted, select)
         place_HGK = listed(self.order_HT, self._starts(), chosen_HGM)
         waiting_K = torch.arange(clustered, tokens).expand(heads, group, -1)
         place_HGK = torch.cat([torch.where(place_HGK >= 0, place_HGK, tokens), waiting_K], 2).sort(2).values
-        return Found(torch.where(place_HGK < tokens, place_HGK + self._first, -1))
+        return Found(torch.where(place_HGK < tokens, place_HGK + self._first, -1), k)
 
     def scores(self, query_HGD: Tensor) -> Tensor:
         """The logit of each cluster's centre, float32 [H, G, N]; -inf of those without a key."""
@@ -90,7 +90,7 @@ class ClustersIndex:
             score_HGN = self._soft_cap * torch.tanh(score_HGN / self._soft_cap)
         return score_HGN.masked_fill(self.size_HN[:, None] == 0, -torch.inf)
 
-    def rest(self, query_HGD: Tensor, found: Found) -> AttentionState:
+    def rest(self, query_HGD: Tensor, found: Found, read_lse_HG: Tensor) -> AttentionState:
         heads, group, _ = query_HGD.shape
         clusters, tokens = self.size_HN.shape[1], self._end - self._first
         score_HGN = self.scores(query_HGD)
@@ -127,7 +127,7 @@ class ClustersIndex:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self._parts)
 
-    def scanned_bytes(self, tail: bool) -> int:
+    def scanned_bytes(self, tail: bool, k: int) -> int:
         heads, clusters, value_dim = self.mean_HNE.shape
         means = heads * math.ceil(self._estimate * clusters) * value_dim * self.mean_HNE.dtype.itemsize
         return self.centre_HND.nbytes + self.size_HN.nbytes + (means if tail else 0)

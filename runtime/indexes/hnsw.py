@@ -141,7 +141,7 @@ class HnswIndex:
         heads, group, _ = query_HGD.shape
         tokens = self.end - self._first
         if k >= tokens:
-            return Found(torch.arange(self._first, self.end).expand(heads, group, tokens))
+            return Found(torch.arange(self._first, self.end).expand(heads, group, tokens), k)
         place_HGC, late_HGC = self.base.near(query_HGD, k), self.tail.near(query_HGD, k)
         if late_HGC.shape[2]:
             place_HGC = torch.cat([place_HGC, torch.where(late_HGC >= 0, late_HGC + self.base.tokens, -1)], 2)
@@ -151,9 +151,9 @@ class HnswIndex:
             key_HGCD = keys_at(keys(self._first, self.end), asked_HX).float().unflatten(1, position_HGC.shape[1:])
             logit_HGC = (key_HGCD @ query_HGD.float()[..., None]).squeeze(3).masked_fill(position_HGC < 0, -torch.inf)
             position_HGC = position_HGC.gather(2, logit_HGC.topk(k, 2).indices)
-        return Found(share_chosen(position_HGC, select))
+        return Found(share_chosen(position_HGC, select), k)
 
-    def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
+    def rest(self, query_HGD: Tensor, found: Found, read_lse_HG: Tensor) -> AttentionState | None:
         return None
 
     def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
@@ -174,10 +174,11 @@ class HnswIndex:
     def nbytes(self) -> int:
         return self.mean_HD.nbytes + self.base.nbytes() + self.tail.nbytes()
 
-    def scanned_bytes(self, tail: bool) -> int:
+    def scanned_bytes(self, tail: bool, k: int) -> int:
         """As the facts guess for one query head; what a search really reads, the library does not say."""
         heads, head_dim = self.mean_HD.shape
-        return heads * HnswFacts().bytes_per_token(head_dim, 0, 4, self._sizes._asdict()).search_fixed
+        sizes = self._sizes._replace(ef=max(self._sizes.ef, k))
+        return heads * HnswFacts().bytes_per_token(head_dim, 0, 4, sizes._asdict()).search_fixed
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"mean": self.mean_HD, "base": self.base.keys(self.base.tokens), "tail": self.tail.keys(self.tail.tokens)}

@@ -64,14 +64,14 @@ class IvfIndex:
         heads, group, _ = query_HGD.shape
         tokens = self.list_HT.shape[1]
         if k >= tokens:
-            return Found(torch.arange(self._first, self.end).expand(heads, group, tokens))
+            return Found(torch.arange(self._first, self.end).expand(heads, group, tokens), k)
         place_HGC = self.candidates(query_HGD)
         read_HGC = place_HGC >= 0
         key_HXD = keys_at(keys(self._first, self.end), place_HGC.clamp_min(0).flatten(1) + self._first)
         logit_HGC = (key_HXD.float().unflatten(1, place_HGC.shape[1:]) @ query_HGD.float()[..., None]).squeeze(3)
         best_HGK = logit_HGC.masked_fill(~read_HGC, -torch.inf).topk(min(k, place_HGC.shape[2]), 2).indices
         chosen_HGK = place_HGC.gather(2, best_HGK)
-        return Found(share_chosen(torch.where(chosen_HGK >= 0, chosen_HGK + self._first, -1), select))
+        return Found(share_chosen(torch.where(chosen_HGK >= 0, chosen_HGK + self._first, -1), select), k)
 
     def candidates(self, query_HGD: Tensor) -> Tensor:
         """Keys of the lists that each query reads, counted from `first`, int64 [H, G, C]; -1 at the end of rows that read fewer."""
@@ -79,7 +79,7 @@ class IvfIndex:
         score_HGL = (query_HGD.float() @ self.centre_HLD.float().transpose(1, 2)).masked_fill(empty_HL[:, None], -torch.inf)
         return listed(self.order_HT, self.start_HL, score_HGL.topk(self._probe, 2).indices)
 
-    def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
+    def rest(self, query_HGD: Tensor, found: Found, read_lse_HG: Tensor) -> AttentionState | None:
         return None
 
     def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
@@ -95,7 +95,7 @@ class IvfIndex:
     def nbytes(self) -> int:
         return sum(each.nbytes for each in (self.centre_HLD, self.mean_HD, self.list_HT, self.order_HT, self.start_HL))
 
-    def scanned_bytes(self, tail: bool) -> int:
+    def scanned_bytes(self, tail: bool, k: int) -> int:
         """Lists are counted as equally long."""
         heads, lists, _ = self.centre_HLD.shape
         read = heads * self.list_HT.shape[1] * self._probe * (self._row_bytes + self.order_HT.dtype.itemsize) // lists

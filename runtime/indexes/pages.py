@@ -73,7 +73,7 @@ class PageIndex:
         tokens, pages, page_tokens = self._end - self._first, self.digest_HNVD.shape[1], self.page_tokens
         wanted = max(1, k // page_tokens)
         if wanted >= pages:
-            return Found(torch.arange(self._first, self._end).expand(heads, group, tokens))
+            return Found(torch.arange(self._first, self._end).expand(heads, group, tokens), k)
         chosen_HGM = select_keys(self.page_scores(query_HGD), wanted, select)
         position_HGK = (chosen_HGM[..., None] * page_tokens + torch.arange(page_tokens) + self._first).flatten(2)
         waiting_K = torch.arange(self._first + pages * page_tokens, self._end).expand(heads, group, -1)
@@ -82,7 +82,7 @@ class PageIndex:
         if bool(missing_HGK.any()):
             position_HGK = position_HGK.masked_fill(missing_HGK, self._end).sort(2).values
             position_HGK = torch.where(position_HGK < self._end, position_HGK, -1)
-        return Found(position_HGK)
+        return Found(position_HGK, k)
 
     def page_scores(self, query_HGD: Tensor) -> Tensor:
         """[H, G, N], float32: of boxes the largest logit in them, else the logit of the key that stands for a page."""
@@ -94,7 +94,7 @@ class PageIndex:
             score_HGN = query_HGD @ digest_HVND[:, 0].transpose(1, 2)
         return score_HGN if self._soft_cap is None else self._soft_cap * torch.tanh(score_HGN / self._soft_cap)
 
-    def rest(self, query_HGD: Tensor, found: Found) -> AttentionState | None:
+    def rest(self, query_HGD: Tensor, found: Found, read_lse_HG: Tensor) -> AttentionState | None:
         return None
 
     def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
@@ -116,7 +116,7 @@ class PageIndex:
     def nbytes(self) -> int:
         return self.digest_HNVD.nbytes + (0 if self._query_HD is None else self._query_HD.nbytes)
 
-    def scanned_bytes(self, tail: bool) -> int:
+    def scanned_bytes(self, tail: bool, k: int) -> int:
         return self.digest_HNVD.nbytes
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

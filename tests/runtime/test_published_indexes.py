@@ -28,6 +28,7 @@ from kvcompile.runtime.spans import Span
 from kvcompile.spec import load_spec
 
 HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 32, 24
+NOTHING = torch.zeros(HEADS, GROUP)  # no estimate here looks at what was read
 FIRST = 7  # sinks before the first key that an index covers
 
 
@@ -50,7 +51,7 @@ class Past:
         if recent is None:
             recent = RecentQueries(asked_HND, end + RECENT_STRIDE * torch.arange(40))
         return Prompt(
-            self.key_HTD[:, first:end], self.value_HTE[:, first:end], asked_HND.transpose(1, 2) @ asked_HND, 40, recent, GROUP, None
+            self.key_HTD[:, first:end], self.value_HTE[:, first:end], asked_HND.transpose(1, 2) @ asked_HND, 40, recent, GROUP, 30
         )
 
     def asked(self, number: int = 0) -> Tensor:
@@ -276,7 +277,7 @@ def test_bytes_are_what_the_plan_counts(case, dtype):
     counted = facts.bytes_per_token(DIM, VALUE_DIM, dtype.itemsize, case.options)
     held = HEADS * (tokens * counted.held + facts.fixed_bytes(DIM, VALUE_DIM, case.options))
     assert index.nbytes() == (pytest.approx(held, rel=0.01) if case.name == "hnsw" else held)  # its upper layers are drawn by chance
-    assert index.scanned_bytes(tail=False) == HEADS * (tokens * counted.searched + counted.search_fixed)
+    assert index.scanned_bytes(tail=False, k=case.k) == HEADS * (tokens * counted.searched + counted.search_fixed)
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------------------------
@@ -530,7 +531,7 @@ def test_clusters_are_read_estimated_and_left_out_as_published():
     index = CASES["clusters"].build(given)
     assert (index.size_HN > 0).all() and index.size_HN.shape == (HEADS, 64)
     found = index.search(given.asked(), 160, "sum", given.keys)
-    rest = index.rest(given.asked(), found)
+    rest = index.rest(given.asked(), found, NOTHING)
     rows = positions(found.position_HGK)
     for head in range(HEADS):
         read, out_GE, lse_G = by_definition(given, index, given.asked()[head], head, 10, 16)
@@ -545,7 +546,7 @@ def test_an_estimate_is_never_more_than_the_keys_weigh():
     for number in range(10):
         query_HGD = 4 * given.asked(number)
         found = index.search(query_HGD, 32, "sum", given.keys)
-        rest = index.rest(query_HGD, found)
+        rest = index.rest(query_HGD, found, NOTHING)
         logit_HGT = query_HGD.double() @ given.key_HTD[:, FIRST : 1024 + FIRST].double().transpose(1, 2)
         read_HGK = torch.where(found.position_HGK >= 0, found.position_HGK - FIRST, 1024)
         read_HGT = torch.zeros(HEADS, GROUP, 1025, dtype=torch.bool).scatter_(2, read_HGK, True)[..., :1024]
@@ -559,7 +560,7 @@ def test_the_estimate_lowers_the_error():
     for number in range(10):
         query_HGD = given.asked(number)
         found = index.search(query_HGD, 64, "sum", given.keys)
-        rest = index.rest(query_HGD, found)
+        rest = index.rest(query_HGD, found, NOTHING)
         key_HTD, value_HTE = (each[:, FIRST : 1024 + FIRST].double() for each in (given.key_HTD, given.value_HTE))
         logit_HGT = query_HGD.double() @ key_HTD.transpose(1, 2)
         read_HGK = torch.where(found.position_HGK >= 0, found.position_HGK - FIRST, 1024)
@@ -580,7 +581,7 @@ def test_where_all_is_read_nothing_is_estimated(tokens):
     given = past()
     for estimate in (0.0, 0.3, 1.0):
         index = index_kind("clusters").build(FIRST, given.prompt(FIRST, FIRST + tokens), {"estimate": estimate})
-        rest = index.rest(given.asked(), index.search(given.asked(), max(1, tokens), "sum", given.keys))
+        rest = index.rest(given.asked(), index.search(given.asked(), max(1, tokens), "sum", given.keys), NOTHING)
         assert (rest.lse == -torch.inf).all() and (rest.out == 0).all() and rest.out.shape == (HEADS, GROUP, VALUE_DIM)
 
 
@@ -599,7 +600,7 @@ def test_added_tokens_wait_and_become_clusters_together():
     assert covered == list(range(FIRST, 512 + 2048 + FIRST))
     facts = index_facts("clusters").bytes_per_token(DIM, VALUE_DIM, 4, {"tokens_per_cluster": 16, "estimate": 0.25})
     assert index.nbytes() == HEADS * (512 + 2048) * facts.held
-    assert index.scanned_bytes(tail=True) == HEADS * (512 + 2048) * (facts.searched + facts.estimated)
+    assert index.scanned_bytes(tail=True, k=64) == HEADS * (512 + 2048) * (facts.searched + facts.estimated)
     index.rollback(512 + 992 + FIRST)
     assert torch.equal(index.search(given.asked(), 64, "sum", given.keys).position_HGK, found)
     for each in (index, child):
@@ -636,4 +637,4 @@ def test_a_soft_cap_joins_what_the_group_adds_up(name):
         weight_HGN = index.size_HN[:, None] * torch.exp(score_HGN.double())
         best_HN = torch.softmax(score_HGN.double(), 2).sum(1).argmax(1)
         left_HG = weight_HGN.sum(2) - weight_HGN.gather(2, best_HN[:, None, None].expand(-1, GROUP, 1)).squeeze(2)
-        torch.testing.assert_close(index.rest(query_HGD, found).lse.double(), left_HG.log(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(index.rest(query_HGD, found, NOTHING).lse.double(), left_HG.log(), rtol=1e-4, atol=1e-4)
