@@ -206,6 +206,7 @@ class Hnsw(HnswFacts):
         return HnswIndex(first, mean_HD, sizes, base, Graphs(heads, head_dim, sizes))
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> HnswIndex:
+        _library()  # a file is not damaged because it is missing
         mean_HD, base_HTD, tail_HTD = (tensors[name] for name in ("mean", "base", "tail"))
         faults = self.check(numbers["sizes"])
         if faults:

@@ -501,6 +501,8 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
         )
     with pytest.raises(TargetError, match=f"index hnsw: the index hnsw {told}"):
         index_kind("hnsw").build(0, past().prompt(0, 64), {})
+    with pytest.raises(TargetError, match="hnswlib"):
+        index_kind("hnsw").restore({}, {})
 
 
 # --- clusters --------------------------------------------------------------------------------------------------------------------------
