@@ -89,7 +89,12 @@ def token_mixing(node: torch.fx.Node, why: str) -> Problem:
 
 def why_mixes(node: torch.fx.Node, copies: Copies) -> str:
     """Why a node is not known to be token-wise; "" when it is.  copies: of the nodes before this one; its own are added."""
-    if node.op != "call_function" or node.target in (*SITES, operator.getitem) or is_size(node):
+    if node.op != "call_function" or node.target in SITES or is_size(node):
+        return ""
+    if node.target is operator.getitem:  # one of a split's parts
+        (source,) = node.all_input_nodes
+        if source in copies:
+            copies[node] = copies[source]
         return ""
     sources = [source for source in node.all_input_nodes if _has_tokens(source)]
     if not sources:

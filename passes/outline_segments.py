@@ -4,8 +4,9 @@
 
 1. A node belongs to the segment between the sites that stand before and behind it in program order.
 2. Weights are inputs of a segment, not parts: layers of equal shape are then equal segments.
-3. No size crosses a cut: each segment takes the number of tokens from its own inputs, and its size arithmetic with it.
-4. Equal segments are found by Weisfeiler-Lehman hash and confirmed by isomorphism, which also tells how inputs match.
+3. A view with several rows a token is made again behind a cut, from what it views: what crosses a cut has one row a token.
+4. No size crosses a cut: each segment takes the number of tokens from its own inputs, and its size arithmetic with it.
+5. Equal segments are found by Weisfeiler-Lehman hash and confirmed by isomorphism, which also tells how inputs match.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from kvcompile.ir.site_operators import SITES, site_nodes
 from kvcompile.ir.tokens import fake_value, is_size, place_of, token_dimensions
 from kvcompile.ir.unit import Unit
 
+_VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "alias", "clone"})
+
 
 @dataclass(frozen=True)
 class OutlineSegments:
@@ -33,6 +36,7 @@ class OutlineSegments:
     requires: tuple[str, ...] = ("check_token_wise", "request_kernels")
 
     def run(self, unit: Unit) -> Unit:
+        _remake_views(unit.graph.graph)
         pieces = _cut(unit.graph.graph)
         _refuse_uneven_cuts(self.name, unit.graph.graph, pieces)
         distinct = _Distinct()
@@ -94,6 +98,31 @@ class _Piece:
         return torch.fx.GraphModule({}, graph, class_name="Segment")
 
 
+def _remake_views(graph: torch.fx.Graph) -> None:
+    """Rule 3."""
+    tokens = str(fake_value(graph.find_nodes(op="placeholder")[0]).shape[1])
+    piece = 0
+    home: dict[torch.fx.Node, int] = {}
+    for node in graph.nodes:
+        piece += node.target in SITES
+        home[node] = piece
+    for node in reversed(list(graph.nodes)):
+        if getattr(node.target, "_opname", "") not in _VIEWS or _is_even(node, tokens):
+            continue
+        for user in [user for user in node.users if home[user] != home[node]]:
+            with graph.inserting_before(user):
+                copy = graph.node_copy(node)
+            home[copy] = home[user]
+            user.replace_input_with(node, copy)
+    graph.eliminate_dead_code()
+
+
+def _is_even(node: torch.fx.Node, tokens: str) -> bool:
+    """Whether a value has one row, or none, a token."""
+    value = fake_value(node)
+    return all(str(value.shape[dim]) == tokens for dim in token_dimensions(value))
+
+
 def _cut(graph: torch.fx.Graph) -> list[_Piece]:
     pieces = [_Piece()]
     home: dict[torch.fx.Node, int] = {}
@@ -122,8 +151,7 @@ def _refuse_uneven_cuts(pass_name: str, graph: torch.fx.Graph, pieces: list[_Pie
     """The last segment runs on the wanted tokens only, so every value that crosses a cut has one row, or none, a token."""
     tokens = str(fake_value(graph.find_nodes(op="placeholder")[0]).shape[1])
     for node in (node for piece in pieces for node in piece.outputs):
-        value = fake_value(node)
-        if any(str(value.shape[dim]) != tokens for dim in token_dimensions(value)):
+        if not _is_even(node, tokens):
             raise UnsupportedGraphError(
                 Problem(
                     f"{pass_name}: {place_of(node)}",

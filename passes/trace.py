@@ -27,6 +27,7 @@ from kvcompile.ir.tokens import fake_value, fixed_tokens, place_of, token_dimens
 from kvcompile.passes import huggingface
 from kvcompile.passes.check_token_wise import Copies, token_mixing, why_mixes
 from kvcompile.passes.fix_frequency_branch import refuse_dynamic_frequencies
+from kvcompile.passes.route_densely import RouteDensely, settle_masks
 
 EXAMPLE_TOKENS = 24  # an example of one token would specialise the graph to it
 MAX_TOKENS = 1 << 20
@@ -50,7 +51,8 @@ class _HuggingFaceCall(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         positions = {"position_ids": position_ids} if self.takes_positions else {}
-        logits: Tensor = self.model(input_ids=input_ids, **positions, **self.keywords).logits
+        with RouteDensely():
+            logits: Tensor = self.model(input_ids=input_ids, **positions, **self.keywords).logits
         return logits
 
 
@@ -82,6 +84,14 @@ class PlainCall(nn.Module):
         return logits
 
 
+class _RoutedPlainCall(PlainCall):
+    """A plain module as it is traced."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        with RouteDensely():
+            return super().forward(input_ids, position_ids)
+
+
 FrontEnd: TypeAlias = Literal["interface", "sdpa", "eager", "plain"]
 
 
@@ -109,7 +119,7 @@ def trace(model: nn.Module, front_end: FrontEnd | None = None) -> torch.fx.Graph
     context: contextlib.AbstractContextManager[huggingface.MaskRecorder | None] = contextlib.nullcontext()
     call: nn.Module
     if front_end == "plain":
-        call = PlainCall(model)
+        call = _RoutedPlainCall(model)
     else:
         context = huggingface.attention_as_nodes(model) if front_end == "interface" else huggingface.own_attention(model, front_end)
         call = _HuggingFaceCall(model)
@@ -258,6 +268,7 @@ def _as_plain_graph(program: ExportedProgram) -> torch.fx.GraphModule:
             )
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
+    settle_masks(graph)
     graph.set_codegen(CodeGen())
     (output,) = graph.find_nodes(op="output")
     result = output.args[0]

@@ -53,19 +53,29 @@ def test_layers_that_take_their_weights_in_another_order_are_matched():
     agrees_before_and_after("outline_segments", model, 32)
 
 
+class Rows(toys.Mixed):
+    """Two rows a token, before an attention and behind it."""
+
+    def __init__(self, of_rows):
+        super().__init__()
+        self.of_rows = of_rows
+
+    def forward(self, ids):
+        x = self.words(ids)
+        rows = self.of_rows(x.unflatten(2, (2, -1)).flatten(1, 2))
+        heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+        return self.head(out + rows.unflatten(1, (-1, 2)).flatten(2))
+
+
+def test_a_view_of_several_rows_a_token_is_made_again_behind_an_attention():
+    agrees_before_and_after("outline_segments", Rows(lambda rows: rows).eval(), 32)
+
+
 def test_several_rows_a_token_across_an_attention_are_refused():
     """The last segment runs on the wanted tokens only: it could not tell which rows are theirs."""
-
-    class Rows(toys.Mixed):
-        def forward(self, ids):
-            x = self.words(ids)
-            rows = x.unflatten(2, (2, -1)).flatten(1, 2)
-            heads = x.unflatten(2, (2, -1)).transpose(1, 2)
-            out = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
-            return self.head(out + rows.unflatten(1, (-1, 2)).flatten(2))
-
     with pytest.raises(UnsupportedGraphError) as caught:
-        after("outline_segments", Rows().eval())
+        after("outline_segments", Rows(lambda rows: rows * 2).eval())
     assert ": a value with several rows a token is kept across an attention: " in str(caught.value)
     assert str(caught.value).endswith("\n  Keep it as [1, tokens, ...].")
 
