@@ -5,12 +5,14 @@
    A running sum over the tokens that are no padding token counts all of them, and a warning says so: sessions hold no padding.
 2. The number of tokens in the call may shape tensors; used as a *value* it would make a token's result depend on how
    many tokens stand beside it, and is refused by its node.
-3. A table whose rows are chosen by positions bounds every session (`position_rows`).
+3. A mask of as many first tokens as are no padding (`arange < sum(ids != padding)`) is found by evaluating it to hold for all of
+   them where there is none; it becomes so, and a warning says it.
+4. A table whose rows are chosen by positions bounds every session (`position_rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +66,7 @@ class MakePositionsExplicit:
         graph = unit.graph.graph
         input_ids, position_ids = graph.find_nodes(op="placeholder")
         warnings = list(unit.warnings)
+        warnings += _settle_padding_masks(graph, input_ids)
         for node in list(graph.nodes):
             if node.target in (*_ARANGE, *_RUNNING_SUMS) and len(token_dimensions(fake_value(node))) == 1:
                 warnings += _replace_count(graph, node, input_ids, position_ids)
@@ -148,6 +151,50 @@ def _skips(node: torch.fx.Node, input_ids: torch.fx.Node, ordinary: list[int], p
     ids = [*ordinary[:2], padding, *ordinary[2:8]]
     (found,) = evaluate_nodes([node], {input_ids: torch.tensor([ids])})
     return bool(found.flatten().tolist() == [start, start + 1, start + 1, *(start + place for place in range(2, 8))])
+
+
+def _settle_padding_masks(graph: torch.fx.Graph, input_ids: torch.fx.Node) -> list[str]:
+    """Rule 3; returns warnings."""
+    warnings = []
+    for node in [node for node in graph.nodes if _counts_tokens(node, input_ids)]:
+        cone = ancestors([node], ())
+        special, readers = _compared(cone, input_ids)
+        if len(special) != 1 or readers != {_aten.ne.Scalar} or any(each.op == "get_attr" for each in cone):
+            continue
+        ordinary = [token for token in range(10) if token not in special]
+        try:
+            held = [evaluate_nodes([node], {input_ids: torch.tensor([ordinary[:tokens]])})[0] for tokens in (5, 9)]
+        except LookupError:  # it knows positions, which are none of a count's business
+            continue
+        if not all(bool(mask.all()) for mask in held):
+            continue
+        with graph.inserting_before(node):
+            every = graph.call_function(_aten.ones_like.default, (input_ids,), {"dtype": torch.bool})
+        every.meta = dict(node.meta)
+        node.replace_all_uses_with(every)
+        padding = next(iter(special))
+        warnings.append(f"the model hides as many of its last tokens as it reads tokens {padding}; a session hides none")
+    graph.eliminate_dead_code()
+    return warnings
+
+
+def _counts_tokens(node: torch.fx.Node, input_ids: torch.fx.Node) -> bool:
+    """Whether a node is a mask [1, tokens] that compares with something summed over token ids."""
+    value = fake_value(node)
+    if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        return False
+    if [str(size) for size in value.shape] != [str(size) for size in fake_value(input_ids).shape]:
+        return False
+    cone = ancestors([node], ())
+    sums = [each for each in cone if each.target is _aten.sum.dim_IntList and token_dimensions(fake_value(each.all_input_nodes[0]))]
+    return any(input_ids in ancestors([each], ()) for each in sums)
+
+
+def _compared(cone: Iterable[torch.fx.Node], input_ids: torch.fx.Node) -> tuple[frozenset[int], set[Any]]:
+    """The numbers that token ids are compared with, and the operators that do so."""
+    readers = [each for each in cone if input_ids in each.all_input_nodes]
+    special = frozenset(argument for each in readers for argument in each.args if type(argument) is int and opname(each) != "sym_size")
+    return special, {each.target for each in readers if opname(each) not in ("sym_size", "ones_like")}
 
 
 def _replace_first_rows(graph: torch.fx.Graph, node: torch.fx.Node, input_ids: torch.fx.Node, position_ids: torch.fx.Node) -> None:

@@ -269,6 +269,7 @@ def _as_plain_graph(program: ExportedProgram) -> torch.fx.GraphModule:
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
     settle_masks(graph)
+    _drop_empty_parts(graph)
     graph.set_codegen(CodeGen())
     (output,) = graph.find_nodes(op="output")
     result = output.args[0]
@@ -287,6 +288,17 @@ def _as_plain_graph(program: ExportedProgram) -> torch.fx.GraphModule:
     module.recompile()
     module.eval()
     return module
+
+
+def _drop_empty_parts(graph: torch.fx.Graph) -> None:
+    """cat([nothing, x]) -> x: a cache that a forward makes for itself begins empty."""
+    for target in (torch.ops.aten.cat.default, torch.ops.aten.concat.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            parts: Any = node.args[0]
+            held = [part for part in parts if [*fake_value(part).shape] != [0]]
+            if len(held) == 1 < len(parts) and fake_value(held[0]).dtype == fake_value(node).dtype:
+                node.replace_all_uses_with(held[0])
+                graph.erase_node(node)
 
 
 def _refuse_subgraph(node: torch.fx.Node) -> None:

@@ -132,3 +132,33 @@ def test_the_number_of_tokens_may_shape_a_tensor():
 
     agrees_before_and_after("make_positions_explicit", Shaped().eval(), 32)
     assert logits(after("make_positions_explicit", Shaped().eval()).graph, some_ids(3, 32)).shape == (3, 32)
+
+
+class Masked(toys.SlicedTable):
+    """Tokens behind as many as are counted are set to zero."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, ids):
+        held = torch.arange(ids.shape[1]) < self.count(ids)[:, None]
+        heads = (self.words(ids) * held[..., None]).unflatten(2, (2, -1)).transpose(1, 2)
+        attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return self.head(attended.transpose(1, 2).flatten(2) * held[..., None])
+
+
+def test_a_mask_of_what_is_no_padding_holds_and_comes_with_a_warning():
+    model = Masked(lambda ids: (ids != 2).sum(1)).eval()
+    unit = after("check_token_wise", model)
+    assert unit.warnings == ("the model hides as many of its last tokens as it reads tokens 2; a session hides none",)
+    ids = some_ids(12, 29) + 3
+    with torch.no_grad():
+        torch.testing.assert_close(logits(unit.graph, ids), model(ids[None])[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [lambda ids: (ids == 2).sum(1), lambda ids: (ids != 2).sum(1) - 2, lambda ids: (ids < 20).sum(1)])
+def test_a_mask_that_hides_tokens_is_refused(count):
+    with pytest.raises(UnsupportedGraphError) as caught:
+        after("check_token_wise", Masked(count).eval())
+    assert "sum works along the token dimension" in str(caught.value)

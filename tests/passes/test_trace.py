@@ -162,3 +162,12 @@ def test_a_loop_over_tokens_is_refused_by_the_node_that_mixes_them():
     (first,) = caught.value.problems
     assert first.where.startswith("check_token_wise: select (")
     assert first.what.startswith("select works along the token dimension: f32[1, 16]")
+
+
+def test_a_cache_that_begins_empty_is_no_part():
+    class Cached(toys.Mixed):
+        def mix(self, x):
+            return torch.cat([torch.tensor([]), x], dim=-2)
+
+    graph = trace(Cached().eval())
+    assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
