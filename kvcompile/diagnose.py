@@ -111,7 +111,8 @@ def site_differences(graph: torch.fx.GraphModule, full: CompiledModel, ids: Tens
             expected = super().call_function(target, args, kwargs)
             if target is ATTEND:
                 query, key, value, sinks, site = args[:5]
-                found[full.plan.sites[site].site] = apart(expected, call.attend(site, query, key, value, sinks, None, False))
+                choosing = args[11] if len(args) > 11 else None
+                found[full.plan.sites[site].site] = apart(expected, call.attend(site, query, key, value, sinks, None, False, choosing))
             elif target is CONVOLVE:
                 source, weight, bias, site = args
                 found[full.plan.convolutions[site].site] = apart(expected, call.convolve(site, source, weight, bias, False))

@@ -109,5 +109,6 @@ def _facts(site: AttentionSite) -> tuple[str, ...]:
         sees = f"{sees}, of which the last {site.sliding_window}" if site.chunk_tokens else f"the last {site.sliding_window}"
     extras = [f"soft cap {site.soft_cap:g}"] if site.soft_cap else []
     extras += ["learnt sinks"] if site.learnt_sinks else []
+    extras += [f"the model chooses {site.chosen_tokens} keys"] if site.chosen_tokens else []
     extras += [f"ALiBi slopes {max(site.slopes):.3g} to {min(site.slopes):.3g}"] if site.slopes else []
     return (str(site.query_heads), str(site.kv_heads), dims, f"{site.scale:.6g}", sees, ", ".join(extras))

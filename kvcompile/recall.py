@@ -375,10 +375,18 @@ class _Hearing:
     first: int
 
     def attend(
-        self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sink_query: Tensor | None, final: bool
+        self,
+        site: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        sink_query: Tensor | None,
+        final: bool,
+        choosing: Tensor | None = None,
     ) -> Tensor:
         self.listener.hear(site, self.first, query, sinks)
-        return self.memory.attend(site, query, key, value, sinks, sink_query, final)
+        return self.memory.attend(site, query, key, value, sinks, sink_query, final, choosing)
 
     def convolve(self, site: int, input: Tensor, weight: Tensor, bias: Tensor | None, final: bool) -> Tensor:
         return self.memory.convolve(site, input, weight, bias, final)

@@ -30,6 +30,7 @@ class BuildZones:
             if found is not None and site.slopes and site.own_window is None:
                 what = f"{site.path} adds ALiBi slopes to its logits, which no zone that finds keys knows of."
                 raise SpecError(Problem(unit.spec.where(f"policies.{found.name}.zones"), what, "Use full or streaming for this model."))
+            _refuse_beside_choices(unit, site, policies)
         sites = tuple(
             SitePlan(site, _groups(site, [_at_site(policy, site) for policy in policies]))
             for site, policies in zip(unit.sites, unit.policies, strict=True)
@@ -47,6 +48,16 @@ class BuildZones:
     def ensures(self, unit: Unit) -> None:
         assert unit.plan is not None and len(unit.plan.sites) == len(unit.sites)
         assert len(unit.plan.convolutions) == len(unit.convolutions)
+
+
+def _refuse_beside_choices(unit: Unit, site: AttentionSite, policies: tuple[HeadPolicy, ...]) -> None:
+    """A model that chooses its keys itself chooses of those that a policy keeps, as they are and where they are."""
+    for policy in policies if site.chosen_tokens is not None else ():
+        quantised, rotated = policy.store.quantised is not None, policy.positions != "absolute"
+        if policy.found is not None or quantised or rotated:
+            field = "zones" if policy.found is not None else "store" if quantised else "positions"
+            what = f"{site.path} chooses {site.chosen_tokens} keys for each query itself, of exact keys at their own positions."
+            raise SpecError(Problem(unit.spec.where(f"policies.{policy.name}.{field}"), what, "Use full or streaming for this model."))
 
 
 def _is_parameter(unit: Unit, target: str) -> bool:

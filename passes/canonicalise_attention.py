@@ -65,6 +65,7 @@ def _describe(index: int, node: torch.fx.Node) -> AttentionSite:
     query, key, value, sinks, _, scale, window, soft_cap = arguments[:8]
     chunk_tokens = arguments[8] if len(arguments) > 8 else 0
     slopes = arguments[9] if len(arguments) > 9 else ()
+    choosing, chosen_tokens = arguments[11:13] if len(arguments) > 11 else (None, 0)
     shapes = [fake_value(tensor).shape for tensor in (query, key, value)]
     return AttentionSite(
         index=index,
@@ -80,4 +81,6 @@ def _describe(index: int, node: torch.fx.Node) -> AttentionSite:
         learnt_sinks=sinks is not None,
         chunk_tokens=int(chunk_tokens) or None,
         slopes=tuple(slopes),
+        chosen_tokens=int(chosen_tokens) or None,
+        compared=0 if choosing is None else int(fake_value(choosing).shape[3]) - 1,
     )

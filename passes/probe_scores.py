@@ -33,15 +33,19 @@ class ScoreFacts:
     chunk_tokens: int | None
     slopes: tuple[float, ...]
 
-    def weigh(self, scores_HST: Tensor) -> Tensor:
-        """The function that these facts describe."""
+    def weigh(self, scores_HST: Tensor, hidden_ST: Tensor | None = None, sinks_H: Tensor | None = None) -> Tensor:
+        """The function that these facts describe; hidden_ST: keys that are not seen besides; sinks_H: learnt sinks' logits."""
         logits = scores_HST * self.scale
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         query, key = _query_and_key(scores_HST.shape[-1])
         if self.slopes:
             logits = logits + torch.tensor(self.slopes, dtype=torch.float64)[:, None, None] * (key - query)
-        return logits.masked_fill(~visible(query, key, self.sliding_window, self.chunk_tokens), -math.inf).softmax(-1)
+        seen = visible(query, key, self.sliding_window, self.chunk_tokens)
+        logits = logits.masked_fill(~seen if hidden_ST is None else ~seen | hidden_ST, -math.inf)
+        if sinks_H is not None:
+            logits = torch.cat([logits, sinks_H[:, None, None].expand(-1, logits.shape[1], 1)], -1)
+        return logits.softmax(-1)[..., : scores_HST.shape[-1]]
 
     def agrees(self, other: ScoreFacts, tokens: int) -> bool:
         """Whether both describe one function of at most `tokens` tokens, up to the rounding of float64: a wider window is none."""

@@ -27,10 +27,13 @@ class RequestKernels:
 
     def ensures(self, unit: Unit) -> None:
         assert unit.plan is not None
-        assert all(group.request is not None or group.policy.found for site in unit.plan.sites for group in site.groups)
+        for site in unit.plan.sites:
+            assert all(group.request is not None or group.policy.found or site.site.chosen_tokens for group in site.groups)
 
 
 def _with_requests(site: AttentionSite, group: HeadGroup) -> HeadGroup:
+    if site.chosen_tokens is not None:
+        return group  # torch attends to keys that the model itself chooses
     if group.policy.found is not None and group.policy.store.quantised is not None:
         return group  # torch reads quantised stores that keys are found in, prompts and single tokens
     return replace(group, request=_request(site, group), lookup=_lookup(site, group))

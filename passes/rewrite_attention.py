@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -31,6 +31,7 @@ from kvcompile.ir.graphs import constants
 from kvcompile.ir.show import node_text
 from kvcompile.ir.tokens import fake_value, place_of, token_dimensions
 from kvcompile.passes.probe_scores import PROBE_TOKENS, TOLERANCE, LooksAhead, ScoreFacts, UnknownScores, probe_scores
+from kvcompile.passes.recognise_choice import Choice, choosing_nodes, every_key, read_choice
 
 _aten = torch.ops.aten
 _SDPA = _aten.scaled_dot_product_attention.default
@@ -48,6 +49,7 @@ _NEARER = (11, 13)  # rule 7: what a constant is replaced by
 _NO_WINDOW = 1 << 24  # a larger constant stands for minus infinity
 _FAR_TOKENS, _FAR_NUMBERS = 2048, 1 << 24  # of a function looked at as a whole: tokens at most, and heads x tokens x tokens
 _LONGER = 7  # tokens added to tell a size that was written into the graph from one that grows
+_NO_SINK = -1e4  # a logit that takes no part
 
 
 Arguments: TypeAlias = Mapping[torch.fx.Node, tuple[tuple[Any, ...], dict[str, Any]]]
@@ -74,8 +76,9 @@ def rewrite_attention(graph: torch.fx.Graph) -> set[str]:
     _split_baddbmm(graph)
     _split_einsum(graph)
     input_ids, position_ids = graph.find_nodes(op="placeholder")
-    content = content_nodes(graph, input_ids)
-    inputs = _Inputs(input_ids, position_ids)
+    chosen = tuple(choosing_nodes(graph))
+    content = content_nodes(graph, input_ids, chosen)
+    inputs = _Inputs(input_ids, position_ids, chosen)
     spelt: set[str] = set()
     known: _KnownFacts = {}
     for node in list(graph.nodes):
@@ -93,12 +96,18 @@ def rewrite_attention(graph: torch.fx.Graph) -> set[str]:
 
 @dataclass(frozen=True)
 class _Inputs:
+    """chosen: what chooses keys (`recognise_choice`), which is looked at apart: here every key is chosen."""
+
     input_ids: torch.fx.Node
     position_ids: torch.fx.Node
+    chosen: tuple[torch.fx.Node, ...] = ()
 
-    def at(self, tokens: int) -> dict[torch.fx.Node, Tensor]:
+    def of(self, tokens: int) -> dict[torch.fx.Node, Any]:
         """Some sequence of `tokens` tokens; which tokens they are must not matter."""
         return {self.input_ids: torch.arange(tokens)[None] % 7 + 3, self.position_ids: torch.arange(tokens)[None]}
+
+    def at(self, tokens: int) -> dict[torch.fx.Node, Any]:
+        return {**self.of(tokens), **{topk: every_key(topk, tokens) for topk in self.chosen}}
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,8 @@ class _Attention:
     grouped: bool
     lead: tuple[int, ...]
     facts: ScoreFacts
+    choice: Choice | None = None
+    learnt_sinks: torch.fx.Node | None = None
 
     @property
     def heads(self) -> int:
@@ -204,17 +215,18 @@ def _read_sdpa(node: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]
         return logits.softmax(-1)
 
     cone = set() if mask is None else ancestors([mask], inputs.at(0))
-    if not cone:
+    if not cone and mask is None:
         facts = ScoreFacts(scale, None, None, None, ())  # `is_causal` says it all
     else:
         sameness = f"sdpa {lead} {scale} {_sameness(cone)}"
         facts = known_facts.get(sameness) or known_facts.setdefault(sameness, _facts(node, weigh, lead, cone))
-    return _Attention(node, query, key, value, False, bool(given.get("enable_gqa", False)), lead, facts)
+    choice = None if mask is None else _choice(node, mask, inputs, content, facts, weigh, lead)
+    return _Attention(node, query, key, value, False, bool(given.get("enable_gqa", False)), lead, facts, choice)
 
 
 def _read_products(softmax: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node], known_facts: _KnownFacts) -> _Attention:
     """Rules 2 and 3."""
-    scores = _scores_above(softmax, content)
+    scores = _scores_above(softmax, inputs, content)
     out, weights = _product_below(softmax, content)
     lead = _lead(scores, scores.args[0], inputs)  # type: ignore[arg-type]
 
@@ -227,13 +239,65 @@ def _read_products(softmax: torch.fx.Node, inputs: _Inputs, content: set[torch.f
     query, key = scores.args
     value = out.args[1]
     assert isinstance(query, torch.fx.Node) and isinstance(key, torch.fx.Node) and isinstance(value, torch.fx.Node)
-    cone = ancestors([weights], {scores, inputs.input_ids, inputs.position_ids})
+    cone = ancestors([weights], {scores, *inputs.at(0)})
+    sinks = _learnt_sinks(cone, weigh, math.prod(lead))
+    cone = {each for each in cone if each is not sinks}
+    without: dict[torch.fx.Node, Tensor] = {} if sinks is None else {sinks: torch.full((math.prod(lead),), _NO_SINK, dtype=torch.float64)}
+
+    def weigh_alone(scores_HST: Tensor, arguments: Arguments | None = None, known: Mapping[torch.fx.Node, Any] | None = None) -> Tensor:
+        return weigh(scores_HST, arguments, {**without, **(known or {})})
+
     sameness = f"products {lead} {_sameness(cone)}"
-    facts = known_facts.get(sameness) or known_facts.setdefault(sameness, _facts(softmax, weigh, lead, cone))
+    facts = known_facts.get(sameness) or known_facts.setdefault(sameness, _facts(softmax, weigh_alone, lead, cone))
+    if sinks is not None:
+        _check_sinks(softmax, sinks, facts, weigh, math.prod(lead))
+    choice = _choice(softmax, weights, inputs, content, facts, weigh_alone, lead, scores)
     out_lead = _lead(out, weights, inputs)
     if math.prod(out_lead) != math.prod(lead):
         raise _refuse(out, "whose weights and scores have different heads")
-    return _Attention(out, query, key, value, True, False, out_lead, facts)
+    return _Attention(out, query, key, value, True, False, out_lead, facts, choice, sinks)
+
+
+def _choice(
+    node: torch.fx.Node,
+    end: torch.fx.Node,
+    inputs: _Inputs,
+    content: set[torch.fx.Node],
+    facts: ScoreFacts,
+    weigh: Callable[..., Tensor],
+    lead: tuple[int, ...],
+    scores: torch.fx.Node | None = None,
+) -> Choice | None:
+    """What chooses the keys of an attention whose mask or weights are `end`."""
+    found = [topk for topk in inputs.chosen if topk in ancestors([end], {*([scores] if scores else []), *inputs.of(0)})]
+    if not found:
+        return None
+    try:
+        if len(found) > 1:
+            raise UnknownScores("keys are chosen several times")
+        return read_choice(found[0], content, facts, weigh, math.prod(lead), inputs.of)
+    except UnknownScores as error:
+        raise _refuse(node, f"because {error}") from error
+
+
+def _learnt_sinks(cone: set[torch.fx.Node], weigh: _Weigh, heads: int) -> torch.fx.Node | None:
+    """The one weight with a number a head, where the weights of a query sum to less than one."""
+    weights = [node for node in cone if node.op == "get_attr" and fake_value(node).dtype.is_floating_point]
+    found = [node for node in weights if list(fake_value(node).shape) == [heads]]
+    if len(found) != 1:
+        return None
+    sums = weigh(torch.zeros(heads, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.float64)).sum(-1)
+    return found[0] if bool((sums < 1 - TOLERANCE).all()) else None
+
+
+def _check_sinks(node: torch.fx.Node, sinks: torch.fx.Node, facts: ScoreFacts, weigh: _Weigh, heads: int) -> None:
+    """A learnt sink is one more logit of a head in the softmax's denominator."""
+    generator = torch.Generator().manual_seed(4)
+    scores = torch.randn(heads, PROBE_TOKENS, PROBE_TOKENS, generator=generator, dtype=torch.float64) * (2.0 / facts.scale)
+    logits = torch.randn(heads, generator=generator, dtype=torch.float64)
+    difference = float((weigh(scores.clone(), None, {sinks: logits}) - facts.weigh(scores, sinks_H=logits)).abs().max())
+    if not difference <= TOLERANCE:
+        raise _refuse(node, f"because {sinks.name} is no learnt sink")
 
 
 def _facts(node: torch.fx.Node, weigh: _Weigh, lead: tuple[int, ...], cone: set[torch.fx.Node]) -> ScoreFacts:
@@ -383,16 +447,26 @@ def _check_tables(facts: ScoreFacts, cone: set[torch.fx.Node], seen_tokens: int)
             raise UnknownScores(f"its table of {rows} rows says more than can be read from its first {seen_tokens}")
 
 
-def _scores_above(softmax: torch.fx.Node, content: set[torch.fx.Node]) -> torch.fx.Node:
+def _scores_above(softmax: torch.fx.Node, inputs: _Inputs, content: set[torch.fx.Node]) -> torch.fx.Node:
     """The product of queries and keys: the way up from the softmax, along the one input that knows the tokens' content."""
     node = softmax
     while True:
         sources = [source for source in _values_of(node) if source in content]
-        if node.target in _PRODUCTS and len(sources) == 2 and len(token_dimensions(fake_value(node))) > 1:
+        if _multiplies_pairs(node, content):
             return node
         if len(sources) != 1:
-            raise _refuse(softmax, f"because {node.name} mixes its scores with something else that depends on the tokens")
+            break
         node = sources[0]
+    for product in reversed([each for each in ancestors([node], ()) if each in content and _multiplies_pairs(each, content)]):
+        if node not in content_nodes(node.graph, inputs.input_ids, {*inputs.chosen, product}):
+            return product  # the scores less their maximum
+    raise _refuse(softmax, f"because {node.name} mixes its scores with something else that depends on the tokens")
+
+
+def _multiplies_pairs(node: torch.fx.Node, content: set[torch.fx.Node]) -> bool:
+    """Whether a node multiplies what depends on tokens with what depends on tokens, for pairs of them."""
+    sources = [source for source in node.all_input_nodes if source in content]
+    return node.target in _PRODUCTS and len(sources) == 2 and len(token_dimensions(fake_value(node))) > 1
 
 
 def _values_of(node: torch.fx.Node) -> list[torch.fx.Node]:
@@ -437,15 +511,26 @@ def _rewrite(graph: torch.fx.Graph, attention: _Attention) -> None:
             _as_heads(graph, value, attention, kv_heads, False),
         ]
         dtype = fake_value(value).dtype
+        tail: tuple[Any, ...] = ()
+        if attention.choice is not None:
+            choosing, offered = _choosing(graph, attention.choice)
+            compared = int(fake_value(offered).shape[3])
+            none = _call(graph, _aten.expand.default, offered, [1, attention.heads, -1, compared])
+            none = _call(graph, _aten.zeros_like.default, _call(graph, _aten.to.dtype, none, dtype))
+            heads_first[0] = _call(graph, _aten.cat.default, [_call(graph, _aten.to.dtype, heads_first[0], dtype), none], -1)
+            offered = _call(graph, _aten.to.dtype, _call(graph, _aten.expand.default, offered, [1, kv_heads, -1, compared]), dtype)
+            heads_first[1] = _call(graph, _aten.cat.default, [heads_first[1], offered], -1)
+            tail = (None, choosing, attention.choice.tokens)
         heads_first = [each if fake_value(each).dtype == dtype else _call(graph, _aten.to.dtype, each, dtype) for each in heads_first]
         site = graph.call_function(
             ATTEND,
             (
-                *(*heads_first, None, -1, facts.scale, facts.sliding_window or 0, facts.soft_cap or 0.0),
+                *(*heads_first, attention.learnt_sinks, -1, facts.scale, facts.sliding_window or 0, facts.soft_cap or 0.0),
                 *(facts.chunk_tokens or 0, list(facts.slopes)),
+                *tail,
             ),
         )
-        site.meta = dict(node.meta, val=ATTEND(*(fake_value(each) for each in heads_first), *site.args[3:]))
+        site.meta = dict(node.meta, val=fake_value(heads_first[0]).new_empty(_site_shape(heads_first)))
         out = _call(graph, _aten.transpose.int, site, 1, 2)
         sizes = fake_value(node).shape
         if [str(size) for size in fake_value(out).shape] != [str(size) for size in sizes]:
@@ -458,6 +543,20 @@ def _rewrite(graph: torch.fx.Graph, attention: _Attention) -> None:
         user.target = _aten.reshape.default  # the trace relied on the original's strides
 
 
+def _site_shape(heads_first: list[torch.fx.Node]) -> tuple[Any, ...]:
+    """[1, tokens, query heads, value_dim]."""
+    query, value = fake_value(heads_first[0]).shape, fake_value(heads_first[2]).shape
+    return (query[0], query[2], query[1], value[3])
+
+
+def _choosing(graph: torch.fx.Graph, choice: Choice) -> tuple[torch.fx.Node, torch.fx.Node]:
+    """`kvc.attend`'s `choosing` [1, C, tokens, I + 1], and what keys offer [1, 1, tokens, I]."""
+    asked = _call(graph, _aten.transpose.int, choice.asked, 1, 2)
+    weight = _call(graph, _aten.permute.default, choice.weight, [0, 3, 1, 2])
+    choosing = _call(graph, _aten.cat.default, [asked, weight], -1)
+    return choosing, _call(graph, _aten.transpose.int, choice.offered, 2, 3)
+
+
 def _check_tokens(attention: _Attention) -> None:
     """Keys and values are those of the call's own tokens, one a token."""
     tokens = str(fake_value(attention.query).shape[-2])
@@ -466,11 +565,13 @@ def _check_tokens(attention: _Attention) -> None:
             raise _refuse(attention.node, f"because {operand.name} holds other keys or values than the call's own tokens'")
 
 
-def _call(graph: torch.fx.Graph, target: Any, source: torch.fx.Node, *arguments: Any) -> torch.fx.Node:
+def _call(graph: torch.fx.Graph, target: Any, source: torch.fx.Node | list[torch.fx.Node], *arguments: Any) -> torch.fx.Node:
     """A node that computes target(source, *arguments), with what the trace would have recorded for it."""
     node = graph.call_function(target, (source, *arguments))
-    node.meta = {key: entry for key, entry in source.meta.items() if key in ("nn_module_stack", "stack_trace")}
-    node.meta["val"] = target(fake_value(source), *(fake_value(item) if isinstance(item, torch.fx.Node) else item for item in arguments))
+    first = source[0] if isinstance(source, list) else source
+    node.meta = {key: entry for key, entry in first.meta.items() if key in ("nn_module_stack", "stack_trace")}
+    given = torch.fx.node.map_arg((source, *arguments), fake_value)
+    node.meta["val"] = target(*given)
     return node
 
 

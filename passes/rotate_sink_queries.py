@@ -42,7 +42,7 @@ ANGLE_ROUNDING = 2.0**-24  # of a position: a table of sines was made from angle
 UNDECLARED_CONTEXT_TOKENS = 32768  # a model that declares no context is looked at up to here
 _PROJECTIONS = frozenset({"linear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "einsum", "embedding", "convolution"})
 _SINK_QUERY = 10  # its place among kvc.attend's arguments
-_DEFAULTS: tuple[Any, ...] = (0, [], None)  # of the last three arguments
+_DEFAULTS: tuple[Any, ...] = (0, [], None)  # of the three arguments up to it: with what chooses keys behind, no site is rotated
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def _item(mode: RouteDensely, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _index_add(mode: RouteDensely, func: Any, args: Any, kwargs: Any) -> Any:
     """Rules 2 and 4."""
-    value, dim, index, rows = (*args, *(kwargs[name] for name in ("dim", "index", "source") if name in kwargs))
+    value, dim, index, rows = [*args] + [kwargs[name] for name in ("dim", "index", "source") if name in kwargs]
     mark = mode.of(index)
     if not isinstance(mark, (_Place, _Order)):
         return NotImplemented

@@ -17,6 +17,7 @@ from kvcompile.ir.sites import AttentionSite
 from kvcompile.ir.spec import Spec
 from kvcompile.ir.store_bytes import quantised_in
 from kvcompile.runtime.attend import attend_spans
+from kvcompile.runtime.attend_chosen import attend_chosen
 from kvcompile.runtime.attend_held import attend_held
 from kvcompile.runtime.convolution_state import ConvolutionState, convolve_packed
 from kvcompile.runtime.generation import Generation, complete, generate
@@ -195,7 +196,15 @@ class PackedCall:
         return cls(model, sessions, before, lengths, only_last, tables, convolutions, prompt)
 
     def attend(
-        self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sink_query: Tensor | None, final: bool
+        self,
+        site: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        sink_query: Tensor | None,
+        final: bool,
+        choosing: Tensor | None = None,
     ) -> Tensor:
         """out [1, rows, query_heads, value_dim]; rows are all tokens, at the final site only those whose logits are wanted."""
         last_only = final and self.only_last
@@ -210,7 +219,7 @@ class PackedCall:
         if native.looks_up and len(lookups := self._lookups(site, query, last_only)):
             lookup_native(query, key, value, learnt, [lookups], native.kv_heads, out)
         if native.rest:
-            self._attend_in_torch(site, query, key, value, sinks, sink_query, last_only, out)
+            self._attend_in_torch(site, query, key, value, sinks, sink_query, choosing, last_only, out)
         return out
 
     def _prompts(self, site: int, query: Tensor, last_only: bool) -> Tensor:
@@ -284,6 +293,7 @@ class PackedCall:
         value: Tensor,
         sinks: Tensor | None,
         sink_query: Tensor | None,
+        choosing: Tensor | None,
         last_only: bool,
         out: Tensor,
     ) -> None:
@@ -310,6 +320,7 @@ class PackedCall:
                     value[0, heads, start : start + length],
                     None if sink_query_KGSD is None else sink_query_KGSD[heads],
                     None if slopes_KG is None else slopes_KG[heads],
+                    None if choosing is None else choosing[0, :, start : start + length],
                     before,
                     skip,
                     self.prompt or length > 1,
@@ -325,7 +336,8 @@ class PackedCall:
 class _NewTokens(NamedTuple):
     """One session's new tokens at one site, for the KV heads of one group.
 
-    sink_query_HGSD, slopes_HG: of `attend_spans`.  before: tokens read earlier.  skip: so many of the new ones ask for no result.
+    sink_query_HGSD, slopes_HG: of `attend_spans`.  choosing_CSJ: of `attend_chosen`.
+    before: tokens read earlier.  skip: so many of the new ones ask for no result.
     prompt: they are part of a prompt.
     """
 
@@ -334,6 +346,7 @@ class _NewTokens(NamedTuple):
     value_HSE: Tensor
     sink_query_HGSD: Tensor | None
     slopes_HG: Tensor | None
+    choosing_CSJ: Tensor | None
     before: int
     skip: int
     prompt: bool
@@ -351,6 +364,21 @@ class _NewTokens(NamedTuple):
             index = None if self.prompt else store.refresh()
             store.observe(self.query_HGSD, self.before)  # behind it: an index is learnt from what came before
             return attend_prompt(store, asked_HGSD, first) if index is None else attend_lookup(store, asked_HGSD, index)
+        if facts.chosen_tokens is not None:
+            assert self.choosing_CSJ is not None, f"{facts.path}: nothing chooses its keys"
+            window = group.policy.window
+            return attend_chosen(
+                asked_HGSD,
+                store.extend(self.key_HSD, self.value_HSE),
+                first,
+                choosing_CSJ=self.choosing_CSJ[:, self.skip :],
+                chosen_tokens=facts.chosen_tokens,
+                sink_tokens=0 if window is None else window.sink_tokens,
+                recent_tokens=None if window is None else window.recent_tokens,
+                scale=facts.scale,
+                soft_cap=facts.soft_cap,
+                chunk_tokens=facts.chunk_tokens,
+            )
         request = group.request
         assert request is not None, f"{facts.path}: nothing says what its keys are attended to as"
         sink_query_HGSD = None

@@ -56,7 +56,8 @@ class CallSegment:
 
 @dataclass(frozen=True)
 class Attend:
-    """Attend at a site: slots of query, key, value, learnt sinks and sink query (None when there is none), and of the result.
+    """Attend at a site: slots of query, key, value, and, None when there is none, of learnt sinks, sink query and what chooses keys;
+    of the result.
 
     frees: those that are not needed afterwards; layers that share keys or values still need theirs.
     """
@@ -67,6 +68,7 @@ class Attend:
     value: int
     learnt_sinks: int | None
     sink_query: int | None
+    choosing: int | None
     output: int
     frees: tuple[int, ...]
 
@@ -87,7 +89,15 @@ class Memory(Protocol):
     """What sites remember of earlier tokens: the sessions of one call.  `final`: only the wanted rows are asked for."""
 
     def attend(
-        self, site: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sink_query: Tensor | None, final: bool
+        self,
+        site: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        sink_query: Tensor | None,
+        final: bool,
+        choosing: Tensor | None = None,
     ) -> Tensor:
         """[1, rows, query_heads, value_dim] of query [1, query_heads, tokens, head_dim], key and value."""
         ...
@@ -144,10 +154,10 @@ class Program:
                 )
             elif node.target is ATTEND:
                 query, key, value, sinks, site = node.args[:5]
-                sink_query: Any = node.args[10] if len(node.args) > 10 else None
-                learnt, shown = (slots[each] if each is not None else None for each in (sinks, sink_query))
+                sink_query, choosing = [*node.args[10:12], None, None][:2]
+                learnt, shown, chosen = (slots[each] if each is not None else None for each in (sinks, sink_query, choosing))
                 frees = tuple(slots[a] for a in _last_used(node, last_use))
-                steps.append(Attend(site, slots[query], slots[key], slots[value], learnt, shown, slots[node], frees))
+                steps.append(Attend(site, slots[query], slots[key], slots[value], learnt, shown, chosen, slots[node], frees))
             elif node.target is CONVOLVE:
                 arguments = node.args
                 source, weight, bias, site = arguments
@@ -179,9 +189,10 @@ class Program:
                 sinks = self.weights[step.learnt_sinks] if step.learnt_sinks is not None else None
                 query, key, value = values[step.query], values[step.key], values[step.value]
                 sink_query = values[step.sink_query] if step.sink_query is not None else None
+                choosing = values[step.choosing] if step.choosing is not None else None
                 for slot in step.frees:
                     del values[slot]
-                values[step.output] = memory.attend(step.site, query, key, value, sinks, sink_query, place == final_site)
+                values[step.output] = memory.attend(step.site, query, key, value, sinks, sink_query, place == final_site, choosing)
                 continue
             if isinstance(step, Convolve):
                 source = values[step.input]

@@ -13,7 +13,7 @@ from kvcompile.spec import bundled_specs, load_spec
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 # what the passes are made of: front ends, and checks that need weights
-WITHOUT_TEXT = {"rewrite_attention", "probe_scores", "probe_segments"}
+WITHOUT_TEXT = {"rewrite_attention", "recognise_choice", "probe_scores", "probe_segments"}
 PARTS = {"trace", "huggingface", "route_densely"} | WITHOUT_TEXT
 PASS_FILES = sorted(path for path in (ROOT / "passes").glob("*.py") if path.stem != "__init__")
 

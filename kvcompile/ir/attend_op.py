@@ -1,6 +1,7 @@
 """`kvc::attend`: the one node that every front end ends in, and its cache-less meaning.
 
-    attend(query, key, value, learnt_sinks, site, scale, sliding_window, soft_cap, chunk_tokens, slopes, sink_query) -> out
+    attend(query, key, value, learnt_sinks, site, scale, sliding_window, soft_cap, chunk_tokens, slopes, sink_query,
+           choosing, chosen_tokens) -> out
 
     query         [1, query_heads, tokens, head_dim]
     key           [1, kv_heads, tokens, head_dim]
@@ -12,6 +13,9 @@
     slopes        one number a query head, or none at all: slope * (key position - query position) joins the logit (ALiBi)
     sink_query    like query, or None: the query as a policy with `positions: cache_index` shows it to the sinks; only a
                   session knows sinks, so the operator itself ignores it
+    choosing      [1, choosing heads, tokens, compared + 1] or None: of the keys that a query sees otherwise, it sees the
+                  chosen_tokens with the largest choice (choose_keys.py); a key's last `compared` numbers are what it offers,
+                  and a query has zeros there
     out           [1, tokens, query_heads, value_dim]
 
     logit = cap(scale * q.k) + slope * (j - p),  cap(x) = soft_cap * tanh(x / soft_cap)
@@ -27,9 +31,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvcompile.ir.choose_keys import hidden_by_choice
+
 _SCHEMA = (
     "attend(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, int site, float scale, "
-    "int sliding_window, float soft_cap, int chunk_tokens=0, float[] slopes=[], Tensor? sink_query=None) -> Tensor"
+    "int sliding_window, float soft_cap, int chunk_tokens=0, float[] slopes=[], Tensor? sink_query=None, "
+    "Tensor? choosing=None, int chosen_tokens=0) -> Tensor"
 )
 _QUERY_TILE = 256
 
@@ -49,6 +56,8 @@ def _attend(
     chunk_tokens: int = 0,
     slopes: Sequence[float] = (),
     sink_query: Tensor | None = None,
+    choosing: Tensor | None = None,
+    chosen_tokens: int = 0,
 ) -> Tensor:
     _, query_heads, tokens, _ = query.shape
     queries_per_kv = query_heads // key.shape[1]
@@ -70,6 +79,9 @@ def _attend(
             hidden_ST |= positions <= rows[:, None] - sliding_window
         if chunk_tokens:
             hidden_ST |= positions < rows[:, None] // chunk_tokens * chunk_tokens
+        if choosing is not None:
+            choosing_CSJ, compared = choosing[0, :, start : start + _QUERY_TILE].to(compute), choosing.shape[3] - 1
+            hidden_ST = hidden_by_choice(choosing_CSJ, key_HTD[0, :, key_HTD.shape[2] - compared :], hidden_ST, chosen_tokens)
         logits_HST = logits_HST.masked_fill(hidden_ST, float("-inf"))
         if learnt_sinks is not None:
             sink_H11 = learnt_sinks.to(compute)[:, None, None].expand(-1, len(rows), 1)
@@ -91,6 +103,8 @@ def _attend_fake(
     chunk_tokens: int = 0,
     slopes: Sequence[float] = (),
     sink_query: Tensor | None = None,
+    choosing: Tensor | None = None,
+    chosen_tokens: int = 0,
 ) -> Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 

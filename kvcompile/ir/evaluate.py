@@ -24,11 +24,12 @@ class FakeConstantError(Exception):
     """A constant that decides something has no numbers yet: the model was traced before its weights were read."""
 
 
-def content_nodes(graph: torch.fx.Graph, input_ids: torch.fx.Node) -> set[torch.fx.Node]:
-    """The nodes whose values depend on which tokens there are, not only on how many and where."""
+def content_nodes(graph: torch.fx.Graph, input_ids: torch.fx.Node, known: Container[torch.fx.Node] = ()) -> set[torch.fx.Node]:
+    """The nodes whose values depend on which tokens there are, not only on how many and where; and not through `known` ones."""
     found = {input_ids}
     for node in graph.nodes:
-        if node.op == "call_function" and opname(node) not in _CONTENT_FREE and found.intersection(node.all_input_nodes):
+        computes = node.op == "call_function" and node not in known and opname(node) not in _CONTENT_FREE
+        if computes and found.intersection(node.all_input_nodes):
             found.add(node)
     return found
 

@@ -17,6 +17,8 @@ class AttentionSite:
     learnt_sinks:   one learnt logit a query head joins the softmax's denominator (gpt-oss).
     chunk_tokens:   position p sees only positions from p // chunk_tokens * chunk_tokens on; None: no such chunks.
     slopes:         one number a query head: slope * (key position - query position) joins the logit (ALiBi); () for none.
+    chosen_tokens:  of the keys that it sees otherwise, a query sees so many that the model chooses (ir/choose_keys.py); None: all.
+    compared:       numbers at the end of a key, counted in head_dim, that are there for this choice alone.
     dtype:          the dtype of query, key and value, as torch names it: "bfloat16".
     """
 
@@ -33,6 +35,8 @@ class AttentionSite:
     learnt_sinks: bool = False
     chunk_tokens: int | None = None
     slopes: tuple[float, ...] = ()
+    chosen_tokens: int | None = None
+    compared: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.slopes) in (0, self.query_heads)

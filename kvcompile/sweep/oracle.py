@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.attend_op import ATTEND
+from kvcompile.ir.choose_keys import hidden_by_choice
 from kvcompile.ir.policy import All, SinkRecent, Zone
 from kvcompile.runtime.reference import alibi, apply_learnt_sinks, attend, visible
 
@@ -68,6 +69,8 @@ class Oracle(torch.fx.Interpreter):
         chunk_tokens: int = 0,
         slopes: Any = (),
         sink_query: Tensor | None = None,
+        choosing: Tensor | None = None,
+        chosen_tokens: int = 0,
     ) -> Tensor:
         self._keys.append(key)
         kv_heads, tokens = key.shape[1], query.shape[2]
@@ -76,6 +79,8 @@ class Oracle(torch.fx.Interpreter):
         seen_ST = visible(zone, positions, positions, chunk_tokens or None)
         if sliding_window:
             seen_ST &= visible(SinkRecent(0, sliding_window), positions, positions)
+        if choosing is not None:
+            seen_ST = ~hidden_by_choice(choosing[0], key[0, 0, :, key.shape[3] - choosing.shape[3] + 1 :], ~seen_ST, chosen_tokens)
         slopes_HG = torch.tensor(slopes, dtype=torch.float64).unflatten(0, (kv_heads, -1)) if slopes else None
         state = attend(
             query[0].unflatten(0, (kv_heads, -1)),

@@ -44,7 +44,9 @@ _SIZES: dict[str, int] = {
     ),
     **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads", "attention_heads"), _HEADS),
     **dict.fromkeys(("linear_num_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), _HEADS),
-    **dict.fromkeys(("linear_num_key_heads", "index_n_heads", "n_groups"), 2),
+    **dict.fromkeys(("linear_num_key_heads", "n_groups"), 2),
+    # with 2 heads a quarter of the keys has the choice relu(..) + relu(..) = 0, and which of equals are taken is not defined
+    **dict.fromkeys(("index_n_heads",), 16),
     **dict.fromkeys(("head_dim", "v_head_dim", "kv_channels", "attention_head_dim", "global_head_dim", "dim_head", "d_head"), _HEAD_DIM),
     **dict.fromkeys(("swa_head_dim", "attention_head_size", "index_head_dim"), _HEAD_DIM),
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), _HEAD_DIM),
