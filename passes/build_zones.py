@@ -36,14 +36,16 @@ class BuildZones:
             for site, policies in zip(unit.sites, unit.policies, strict=True)
         )
         overridden = [site.path for site, policies in zip(unit.sites, unit.policies, strict=True) if site.own_window and policies]
-        notes = (f"{len(overridden)} layers keep the model's own window or chunk whatever the policy",) if overridden else ()
+        choosing = sum(site.chosen_tokens is not None for site in unit.sites)
+        notes = [f"{len(overridden)} layers keep the model's own window or chunk whatever the policy"] if overridden else []
+        notes += [f"{choosing} layers choose their keys themselves: they attend in torch"] if choosing else []
         seen: dict[int, int] = {}
         for node in unit.graph.graph.find_nodes(op="get_attr"):
             tensor = unit.graph.get_parameter(node.target) if _is_parameter(unit, node.target) else unit.graph.get_buffer(node.target)
             seen[id(tensor)] = tensor.numel() * tensor.element_size()
         rollback_tokens = max((policy.rollback_tokens for policies in unit.policies for policy in policies), default=0)
         convolutions = tuple(ConvolutionPlan(site, rollback_tokens) for site in unit.convolutions)
-        return replace(unit, plan=Plan(sites, sum(seen.values()), unit.context_tokens, unit.position_rows, notes, convolutions))
+        return replace(unit, plan=Plan(sites, sum(seen.values()), unit.context_tokens, unit.position_rows, tuple(notes), convolutions))
 
     def ensures(self, unit: Unit) -> None:
         assert unit.plan is not None and len(unit.plan.sites) == len(unit.sites)

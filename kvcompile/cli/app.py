@@ -296,8 +296,9 @@ def sweep_command(
         list[str] | None, typer.Argument(metavar="[FAMILY]...", help="Model types of transformers; all of them if left out.")
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Worker processes.")] = 1,
-    timeout: Annotated[float, typer.Option("--timeout", min=1.0, metavar="S", help="Seconds for one family.")] = 240.0,
+    timeout: Annotated[float, typer.Option("--timeout", min=1.0, metavar="S", help="Seconds for one family.")] = 600.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the coverage page there.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Families that are not named stay as the page of -o has them.")] = False,
     record: Annotated[
         Path | None,
         typer.Option("--record", metavar="FILE", help="Keep each result there; what it holds of the same code is not run again."),
@@ -313,7 +314,7 @@ def sweep_command(
 
     voice = Output(as_json=as_json, quiet=quiet)
     try:
-        right = run_sweep(families or (), jobs=jobs, timeout_s=timeout, file=output, record=record, output=voice)
+        right = run_sweep(families or (), jobs=jobs, timeout_s=timeout, file=output, merge=merge, record=record, output=voice)
     finally:
         voice.settle()
     if not right:

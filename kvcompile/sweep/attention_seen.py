@@ -5,6 +5,7 @@
    of a residual stream to a few layers.  exp(x - logsumexp(x)) is a softmax too.
 2. With every attention's result replaced by zeros, a token that still changes a later one's logits goes through another mixer:
    a convolution, a recurrence.
+3. A token whose logits change with what stands behind it, or with how much does, belongs to no causal model.
 """
 
 from __future__ import annotations
@@ -99,3 +100,13 @@ def mixes_otherwise(logits: Callable[[Tensor], Tensor], ids: Tensor, threshold: 
     with AttentionWatch(silence=True):
         first, second = logits(ids), logits(other)
     return bool((first - second)[0, 2:].abs().max() > threshold)
+
+
+def looks_ahead(logits: Callable[[Tensor], Tensor], ids: Tensor, threshold: float = 1e-3) -> bool:
+    """Rule 3: whether another last token changes logits before it, or leaving out the second half changes those of the first."""
+    other, half = ids.clone(), ids.shape[1] // 2
+    other[0, -1] = ids[0, -1] % 100 + 101
+    whole = logits(ids)[0]
+    if (logits(other)[0] - whole)[:-1].abs().max() > threshold:
+        return True
+    return bool((logits(ids[:, :half])[0] - whole[:half]).abs().max() > threshold)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kvcompile.ir.errors import KvcompileError, VerificationError
 from kvcompile.ir.policy import All, SinkRecent
 from kvcompile.ir.unit import Unit
-from kvcompile.sweep.attention_seen import attends, mixes_otherwise
+from kvcompile.sweep.attention_seen import attends, looks_ahead, mixes_otherwise
 from kvcompile.sweep.oracle import Oracle
 from kvcompile.sweep.tiny import TinyModel, build_tiny
 from kvcompile.verify import full_plan
@@ -56,6 +56,7 @@ class FamilyResult:
     front_end, sites, features: of a model that was compiled.  full_error, streaming_error: largest absolute difference of a logit.
     noise: distance of the original's float32 from its float64, where an error is beyond the tolerance; else None.
     other_mixer: tokens meet outside an attention as well (a convolution, a recurrence).
+    looks_ahead: a token's logits change with the tokens behind it.
     reason: why it is not `works`, in one line.  lost: module classes that the tiny model lacks.
     """
 
@@ -69,6 +70,7 @@ class FamilyResult:
     streaming_error: float | None = None
     noise: float | None = None
     other_mixer: bool = False
+    looks_ahead: bool = False
     reason: str = ""
     lost: tuple[str, ...] = field(default=())
 
@@ -119,6 +121,7 @@ def _check(model_type: str, found: dict[str, Any]) -> tuple[Status, str]:
     if not attends(original, ids[None]):
         return "no_attention", "nothing in its eager run is a softmax over tokens"
     found["other_mixer"] = mixes_otherwise(original, ids[None])
+    found["looks_ahead"] = looks_ahead(original, ids[None])
     compiled = kvcompile.compile(tiny.model, spec=SPEC)
     sited = _sited(tiny.model)
     found["front_end"] = sited.front_end
@@ -187,6 +190,7 @@ def features(compiled: CompiledModel, tiny: TinyModel, rotated_share: list[float
         "window": any(site.sliding_window for site in sites),
         "chunks": any(site.chunk_tokens for site in sites),
         "ALiBi": any(site.slopes for site in sites),
+        "chosen keys": any(site.chosen_tokens for site in sites),
         "soft cap": any(site.soft_cap for site in sites),
         "learnt sinks": any(site.learnt_sinks for site in sites),
         "partial rotary": any(0 < share < 1 for share in rotated_share),

@@ -45,7 +45,7 @@ def sweep(
     model_types: Sequence[str],
     *,
     jobs: int = 1,
-    timeout_s: float = 240.0,
+    timeout_s: float = 600.0,
     on_result: OnResult = lambda result, done, total: None,
     check: Check = check_family,
     record: Path | None = None,

@@ -64,6 +64,7 @@ def test_the_graph_sees_the_keys_that_the_model_chooses(name):
     model = MODELS[name]().eval()
     unit = after("check_token_wise", model)
     (site,) = unit.sites
+    assert after("build_zones", model).plan.notes == ("1 layers choose their keys themselves: they attend in torch",)
     assert (site.chosen_tokens, site.compared, site.head_dim, site.value_dim) == (CHOSEN, COMPARED, 8 + COMPARED, 8)
     assert site.learnt_sinks == ("sinks" in name)
     for tokens in (1, CHOSEN, CHOSEN + 1, 31):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompile.sweep.attention_seen import attends, mixes_otherwise
+from kvcompile.sweep.attention_seen import attends, looks_ahead, mixes_otherwise
 
 IDS = torch.arange(3, 35)[None]
 TABLE = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
@@ -84,3 +84,19 @@ def test_a_softmax_over_the_vocabulary_is_no_attention() -> None:
 )
 def test_another_mixer_shows_when_attention_is_silent(model: Logits, expected: bool) -> None:
     assert mixes_otherwise(model, IDS) is expected
+
+
+def _both_ways(ids: Tensor) -> Tensor:
+    x = TABLE[ids]
+    return x + torch.softmax(x @ x.transpose(1, 2), -1) @ x
+
+
+def _counted_from_the_end(ids: Tensor) -> Tensor:
+    return TABLE[ids] * torch.arange(ids.shape[1], 0, -1)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"), [(_spelt_out, False), (_fused, False), (_running_mean, False), (_both_ways, True), (_counted_from_the_end, True)]
+)
+def test_a_model_looks_ahead_where_logits_change_with_what_stands_behind(model: Logits, expected: bool) -> None:
+    assert looks_ahead(model, IDS) is expected

@@ -48,6 +48,20 @@ def test_it_lists_every_family_with_what_was_found(asked: dict[str, Any], capsys
     assert page.read_text().startswith("# Coverage\n") and "| opt | check_token_wise: layers.0: scan |" in page.read_text()
 
 
+def test_merging_keeps_the_families_that_were_not_asked_for(
+    asked: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "coverage.md"
+    assert main(["sweep", "opt", "gpt2", "-o", str(page)]) == 1
+    assert main(["sweep", "llama", "gpt2", "-o", str(page), "--merge"]) == 1
+    rows = [line.split(" | ")[:2] for line in page.read_text().partition("## Families")[2].partition("\n## ")[0].splitlines()[4:]]
+    assert rows == [["| gpt2", "wrong"], ["| llama", "works"], ["| opt", "refused"]]
+    assert "| opt | check_token_wise: layers.0: scan |" in page.read_text()
+    capsys.readouterr()
+    assert main(["sweep", "llama", "--merge", "-o", str(tmp_path / "none.md")]) == 1
+    assert "--merge: there is no page to merge with." in capsys.readouterr().err
+
+
 def test_a_family_that_is_wrong_fails_the_command(asked: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "gpt2", "llama", "--quiet"]) == 1
     assert capsys.readouterr() == ("2 families: 1 works, 1 wrong\n", "")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcompile.sweep.coverage import coverage_text, environment, totals
+from kvcompile.ir.errors import ModelError
+from kvcompile.sweep.coverage import coverage_text, environment, page_results, totals
 from kvcompile.sweep.family import STATUSES, FamilyResult
 from kvcompile.sweep.tiny import causal_model_types
 
@@ -20,6 +21,7 @@ RESULTS = [
     FamilyResult("c", "works", 1.0, "interface", 1, ("convolution",), 2e-6, 3e-6, other_mixer=True),
     FamilyResult("d", "refused", 1.0, reason="check_token_wise: layers.0: bool[1, s] a | b", lost=("Conv1d",)),
     FamilyResult("e", "refused", 1.0, reason="canonicalise_attention: layers.0.scan: cumsum", other_mixer=True),
+    FamilyResult("e2", "refused", 1.0, reason="canonicalise_attention: layers.0: looks ahead", looks_ahead=True),
     FamilyResult("f", "crashed", 1.0, reason="it took longer than 240 s"),
     FamilyResult("mamba2", "no_attention", 1.0, reason="nothing in its eager run is a softmax over tokens"),
     FamilyResult("g", "unbuilt", 1.0, reason="ImportError: pillow"),
@@ -34,19 +36,34 @@ def test_both_shares_are_told() -> None:
     found = totals(RESULTS)
     assert {status: found[status] for status in STATUSES} == {
         "works": 3,
-        "refused": 2,
+        "refused": 3,
         "wrong": 0,
         "crashed": 1,
         "no_attention": 1,
         "unbuilt": 1,
     }
-    assert (found["counted"], found["share"]) == (6, 0.5)
+    assert (found["counted"], found["share"]) == (7, 3 / 7)
     assert (found["counted_attention_only"], found["share_attention_only"]) == (5, 0.6)
 
 
 def test_nothing_to_count_is_no_division() -> None:
     text = coverage_text([FamilyResult("a", "unbuilt", 0.0, reason="no")], FACTS)
     assert totals([])["share"] is None and "none to count" in text
+
+
+def test_a_page_is_read_as_it_was_written() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    facts = dict(fact.split(" ", 1) for fact in page.splitlines()[4].rstrip(".").split(", "))
+    for text, made_in in ((coverage_text(RESULTS, FACTS), FACTS), (page, facts)):
+        read = page_results(text, made_in)
+        assert coverage_text(read, made_in) == text
+        assert totals(read)["share_attention_only"] is not None
+    assert page_results(coverage_text(RESULTS, FACTS), FACTS)[4].reason == RESULTS[4].reason
+
+
+def test_a_page_of_another_environment_is_not_merged() -> None:
+    with pytest.raises(ModelError, match=r"--merge: the page is not one of this environment\.\n  Sweep every family, with kvcompile 2, "):
+        page_results(coverage_text(RESULTS, FACTS), {**FACTS, "kvcompile": "2"})
 
 
 def test_a_cell_cannot_break_the_table() -> None:

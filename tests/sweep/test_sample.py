@@ -14,6 +14,7 @@ WORKS: dict[str, set[str]] = {
     "codegen": {"partial rotary"},  # ignores the attention interface
     "cohere2": {"window", "NoPE"},
     "deepseek_v3": {"MLA", "partial rotary", "MoE"},
+    "deepseek_v32": {"MLA", "chosen keys", "partial rotary", "MoE"},
     "diffllama": set(),  # two attentions a layer
     "falcon": {"MQA"},
     "gemma2": {"GQA", "window", "soft cap"},
@@ -23,6 +24,7 @@ WORKS: dict[str, set[str]] = {
     "gpt_bigcode": {"MQA"},
     "gpt_neo": {"window"},  # spelt out, by layer
     "gpt_oss": {"GQA", "window", "learnt sinks", "MoE"},
+    "jetmoe": {"MoE"},  # rows sorted by expert
     "lfm2": {"GQA", "convolution"},
     "llama": set(),
     "llama4_text": {"GQA", "chunks", "NoPE", "MoE"},
@@ -33,11 +35,18 @@ WORKS: dict[str, set[str]] = {
     "qwen3_moe": {"GQA", "MoE"},
     "roberta": set(),  # positions from the padding token
     "smollm3": {"GQA", "NoPE"},
+    "xlm": set(),  # a mask of what is no padding, an empty cache
 }
 # the others: the attention interface
-FRONT_ENDS = {"bart": "sdpa", **dict.fromkeys(("bloom", "codegen", "falcon", "gpt_neo", "mpt"), "products")}
+FRONT_ENDS = {
+    **dict.fromkeys(("bart", "deepseek_v32"), "sdpa"),
+    **dict.fromkeys(("bloom", "codegen", "falcon", "gpt_neo", "mpt", "xlm"), "products"),
+}
 OLDER_FRONT_ENDS = {("opt", "sdpa")}  # of transformers 5.17, where it gives its attention a mask of ones itself
-FEATURES = {"MLA", "MQA", "GQA", "window", "chunks", "ALiBi", "soft cap", "learnt sinks", "partial rotary", "NoPE", "MoE", "convolution"}
+FEATURES = {
+    *("MLA", "MQA", "GQA", "window", "chunks", "chosen keys", "ALiBi", "soft cap", "learnt sinks", "partial rotary", "NoPE", "MoE"),
+    "convolution",
+}
 
 
 @pytest.mark.slow
