@@ -99,11 +99,11 @@ struct KvcLookupQuery {
 
 // What a query learns of runs from their centres, 16 runs a vector: which it looks at, and what the others weigh.
 struct KvcRanked {
-  float *logits;                 // [queries][vectors][16]: of each run as a whole
-  int32_t *ranks;                // [vectors][16]
-  uint32_t *near, *low;          // [vectors]: bits of runs that are looked at, and of the lowest of these
-  float *far_sums;               // [queries][vectors]: exp(logit - far_top) of the runs that are not looked at
-  float *far_top, *low_log_sum;  // [queries]; -inf of none
+  float *weights;            // [queries][vectors][16]: exp(logit - top) of each run as a whole
+  int32_t *ranks;            // [vectors][16]
+  uint32_t *near, *low;      // [vectors]: bits of runs that are looked at, and of the lowest of these
+  float *far_sums;           // [queries][vectors]: weights of the runs that are not looked at
+  float *top, *low_log_sum;  // [queries]: the largest logit of a run; of low runs
 };
 
 // exp(logit - logit of a shift), summed over the keys that are not chosen, over those that are, and over all of low runs.

@@ -178,7 +178,7 @@ void rest(const Head &head, int64_t first, int64_t runs, bool far, float *memory
   else
     kernel.add_runs(head.run_sums + first, group.runs(), head.least, head.runs + first, runs, &state);
   for (int64_t q = 0; q < queries; q++) {
-    const float top = far ? head.ranked.far_top[q] : kernel.logit(head.shift[q], head.query.keys.scale[q], head.query.keys.base[q]);
+    const float top = far ? head.ranked.top[q] : kernel.logit(head.shift[q], head.query.keys.scale[q], head.query.keys.base[q]);
     state.maximum[q] = state.sum[q] == 0 ? -INFINITY : top;
   }
 }

@@ -13,7 +13,7 @@ namespace {
 // Sets the bits of the `wanted` largest numbers, a word for each vector, and clears the others'; of equal numbers the earlier are chosen.
 inline void mark_largest(const int32_t *numbers, int64_t vectors, int64_t wanted, uint32_t *marked) {
   if (wanted == 0) return (void)std::fill(marked, marked + vectors, 0u);
-  const int32_t last = kth_largest(numbers, vectors, 16, wanted, kNothing + 1, INT32_MAX);
+  const int32_t last = kth_largest(numbers, vectors, 16, wanted, kNothing, INT32_MAX);
   for (int64_t v = 0; v < vectors; v++) wanted -= __builtin_popcount(marked[v] = lanes_from(load_as<Ints>(numbers + v * 16), last));
   for (int64_t v = vectors; wanted < 0; v--) {  // there are more of the last one
     const Ints lanes = load_as<Ints>(numbers + (v - 1) * 16);
@@ -25,36 +25,13 @@ inline void mark_largest(const int32_t *numbers, int64_t vectors, int64_t wanted
   }
 }
 
-// Whole numbers in the order of floats that are not NaN.
-KVC_INLINE Ints ordered(Floats x) {
-  const Ints bits = (Ints)x, below = bits < 0;
-  return (bits & ~below) | ((~bits | INT32_MIN) & below);
-}
-
-// The largest of some logits, -inf of none; `weigh` is given exp(logit - largest) of each vector, 0 in the lanes that do not count.
-// marked: a word for each vector says which do, or do not.
-template <class F>
-float weigh_marked(const float *logits, const uint32_t *marked, uint32_t turned, int64_t vectors, const F &weigh) {
-  const auto lanes = [&](int64_t v) { return select(set_lanes((marked[v] ^ turned) & 0xffff), load(logits + v * 16), splat(-kInfinity)); };
-  Floats most = splat(-kInfinity);
-  for (int64_t v = 0; v < vectors; v++) most = maximum(lanes(v), most);
-  const float top = max_lanes(most), shift = top == -kInfinity ? 0 : top;
-  for (int64_t v = 0; v < vectors; v++) weigh(v, exp_negative(lanes(v) - shift));
-  return top;
-}
-
-inline float log_sum_marked(const float *logits, const uint32_t *marked, int64_t vectors) {
-  Floats sum = {};
-  const float top = weigh_marked(logits, marked, 0, vectors, [&](int64_t, Floats weights) { sum += weights; });
-  return top == -kInfinity ? top : top + std::log(sum_lanes(sum));
-}
-
 // Which runs the queries of one KV head look at: those with the largest softmax weight for one of them.
 template <class S>
 void rank_runs(const KvcLookupQuery *query, const KvcSketch *sketch, const uint8_t *codes, const float *bias, int64_t runs, int64_t near,
                int64_t low, const KvcRanked *to) {
   const int64_t vectors = (runs + 15) / 16, units = sketch->centres.units;
-  float log_sum[S::kQueries];
+  Floats most[S::kQueries];
+  for (int row = 0; row < S::kQueries; row++) most[row] = splat(-kInfinity);
   for (int64_t v = 0; v < vectors; v++) {
     alignas(64) float more[16];
     for (int i = 0; i < 16; i++) more[i] = v * 16 + i < runs ? bias[v * 16 + i] + kLogRun : -kInfinity;
@@ -62,33 +39,49 @@ void rank_runs(const KvcLookupQuery *query, const KvcSketch *sketch, const uint8
       Ints sum[1][m];
       score_blocks<m, 1>(query->centres.whole + row * units * kUnitCoordinates, query->centres.start + row, (int)units,
                          (int)sketch->centres.fine, codes + v * units * kUnitBytes, sum);
-      for (int i = 0; i < m; i++)
-        store(to->logits + ((row + i) * vectors + v) * 16,
-              logits_of<S>(sum[0][i], query->centres.scale[row + i], query->centres.base[row + i]) + load(more));
+      for (int i = 0; i < m; i++) {
+        const Floats logit = logits_of<S>(sum[0][i], query->centres.scale[row + i], query->centres.base[row + i]) + load(more);
+        store(to->weights + ((row + i) * vectors + v) * 16, logit);
+        most[row + i] = maximum(logit, most[row + i]);
+      }
     });
   }
-  std::fill(to->near, to->near + vectors, 0xffffu);
-  for (int row = 0; row < S::kQueries; row++) log_sum[row] = log_sum_marked(to->logits + row * vectors * 16, to->near, vectors);
-  for (int64_t v = 0; v < vectors; v++) {
-    Floats most = splat(-kInfinity);
-    for (int row = 0; row < S::kQueries; row++) most = maximum(load(to->logits + (row * vectors + v) * 16) - log_sum[row], most);
-    store_ints(to->ranks + v * 16, ordered(most));
+  std::fill(to->ranks, to->ranks + vectors * 16, 0);
+  for (int row = 0; row < S::kQueries; row++) {
+    float *const weights = to->weights + row * vectors * 16;
+    Floats sum = {};
+    to->top[row] = max_lanes(most[row]);
+    for (int64_t v = 0; v < vectors; v++) {
+      const Floats weight = exp_negative(load(weights + v * 16) - to->top[row]);
+      store(weights + v * 16, weight);
+      sum += weight;
+    }
+    const float share = 1 / sum_lanes(sum);
+    for (int64_t v = 0; v < vectors; v++)  // floats that are not negative have the order of their bits
+      store_ints(to->ranks + v * 16, larger(load_as<Ints>(to->ranks + v * 16), (Ints)(load(weights + v * 16) * share)));
+  }
+  if (runs % 16) {  // what is no run ranks below all
+    const Ints real = set_lanes((1u << runs % 16) - 1);
+    int32_t *const last = to->ranks + (vectors - 1) * 16;
+    store_ints(last, (load_as<Ints>(last) & real) | (kNothing & ~real));
   }
   mark_largest(to->ranks, vectors, near, to->near);
   mark_largest(to->ranks, vectors, near - low, to->low);
   for (int64_t v = 0; v < vectors; v++) to->low[v] = to->near[v] & ~to->low[v];
   for (int row = 0; row < S::kQueries; row++) {
-    const float *const logits = to->logits + row * vectors * 16;
-    to->low_log_sum[row] = log_sum_marked(logits, to->low, vectors);
-    Floats four[4];
+    const float *const weights = to->weights + row * vectors * 16;
+    Floats low_sum = {}, four[4];
     float *const sums = to->far_sums + row * vectors;
-    to->far_top[row] = weigh_marked(logits, to->near, 0xffff, vectors, [&](int64_t v, Floats weights) {
-      four[v % 4] = weights;
+    for (int64_t v = 0; v < vectors; v++) {
+      const Ints weight = load_as<Ints>(weights + v * 16);
+      low_sum += (Floats)(weight & set_lanes(to->low[v]));
+      four[v % 4] = (Floats)(weight & ~set_lanes(to->near[v]));
       if (v % 4 == 3)
         sum_four(four, sums + v - 3);
       else if (v == vectors - 1)
         for (int64_t i = 0; i <= v % 4; i++) sums[v - v % 4 + i] = sum_lanes(four[i]);
-    });
+    }
+    to->low_log_sum[row] = to->top[row] + std::log(sum_lanes(low_sum));
   }
 }
 
