@@ -94,7 +94,7 @@ def read_share(model: CompiledModel, session: Session) -> float:
         facts = site.site
         for store in session.stores(place):
             if isinstance(store, LookupStore):
-                assert store.index is not None and store.zone.select == "sum"  # so that k rows are read, no more
+                assert store.index is not None and store.zone.select in ("sum", "max")  # so that k rows are read, no more
                 row = store.rows.kv_heads * (facts.head_dim + facts.value_dim) * 2
                 exact = store.tokens - (store.index.end - store.index.first) + store.zone.tokens(store.tokens)
                 read += exact * row + store.index.scanned_bytes(store.zone.tail, store.zone.tokens(store.tokens))

@@ -54,6 +54,9 @@ class BuildZones:
 
 def _refuse_beside_choices(unit: Unit, site: AttentionSite, policies: tuple[HeadPolicy, ...]) -> None:
     """A model that chooses its keys itself chooses of those that a policy keeps, as they are and where they are."""
+    if site.chosen_tokens is not None and site.slopes:
+        what = f"{site.path} chooses its keys itself and has slopes (ALiBi), which attention to chosen keys does not know."
+        raise SpecError(Problem(unit.spec.where("model"), what, "No policy runs this model."))
     for policy in policies if site.chosen_tokens is not None else ():
         quantised, rotated = policy.store.quantised is not None, policy.positions != "absolute"
         if policy.found is not None or quantised or rotated:

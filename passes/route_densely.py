@@ -62,7 +62,7 @@ _Mark: TypeAlias = "_Place | _Order | _Sorted | int"
 
 
 class RouteDensely(TorchFunctionMode):
-    """While open, the five rules hold.  Tensors that nothing chose are handled as ever."""
+    """While open, the rules above hold.  Tensors that nothing chose are handled as ever."""
 
     def __init__(self) -> None:
         super().__init__()

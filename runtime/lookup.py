@@ -35,6 +35,7 @@ from kvcompile.runtime.spans import Span
 from kvcompile.runtime.store import RowStore, Settling
 
 RECALIBRATE_TOKENS = 1024
+LATE_TOKENS = 2 * BLOCK_TOKENS  # so many wait only behind a further prompt: then they do not wait for the site's turn
 
 
 class LookupStore:
@@ -64,8 +65,8 @@ class LookupStore:
         self.turn = turn
         self.index: KeyIndex | None = None
         self.sample = QuerySample(rows.kv_heads, rows.head_dim)
-        self._made_at = self._made_end = 0
-        self._words: tuple[SketchIndex, object, object, Tensor] | None = None  # of which index, parts and centres
+        self._checked_at = self._made_end = 0  # tokens when the index was made or held against queries; what it covered when it was made
+        self._words: tuple[SketchIndex, object, object, Tensor] | None = None  # of which index, parts and gaps
 
     @property
     def tokens(self) -> int:
@@ -99,9 +100,8 @@ class LookupStore:
             if end - first < MIN_INDEXED_TOKENS:
                 return None
             self.index = index = self._built(first, end)
-        elif (tokens + self.turn) % BLOCK_TOKENS == 0:
-            blocks = (tokens - self._made_at) // BLOCK_TOKENS
-            if blocks and blocks % (RECALIBRATE_TOKENS // BLOCK_TOKENS) == 0 and not self._still_fits(index):
+        elif (tokens + self.turn) % BLOCK_TOKENS == 0 or end - index.end > LATE_TOKENS:
+            if tokens - self._checked_at >= RECALIBRATE_TOKENS and not self._still_fits(index):
                 self.index = index = self._built(first, end)
             elif end > index.end:
                 keys, values = _joined(self.rows.spans_between(index.end, end))
@@ -114,20 +114,21 @@ class LookupStore:
             return 0
         assert isinstance(index, SketchIndex)
         words = self._words
-        if words is None or words[0] is not index or words[1] is not index.parts or words[2] is not index.centres:
-            words = self._words = (index, index.parts, index.centres, sketch_words(index))
+        if words is None or words[0] is not index or words[1] is not index.parts or words[2] is not index.gaps_HN:
+            words = self._words = (index, index.parts, index.gaps_HN, sketch_words(index))
         return words[3].data_ptr()
 
     def _still_fits(self, index: KeyIndex) -> bool:
-        fits = index.recalibrate(self.sample.recent(), self.rows.spans_between)
+        fits = index.recalibrate(self.sample.recent(), self.rows.spans_between, self.zone.tokens(self.tokens))
         self.sample.fade()
+        self._checked_at = self.tokens
         return fits
 
     def _built(self, first: int, end: int) -> KeyIndex:
         keys, values = _joined(self.rows.spans_between(first, end))
         sample, k = self.sample, self.zone.tokens(self.tokens)
         prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), self.queries_per_kv, k, self.soft_cap)
-        self._made_at, self._made_end = self.tokens, end
+        self._checked_at, self._made_end = self.tokens, end
         index = index_kind(self.zone.index).build(first, prompt, dict(self.zone.options))
         for note in index.notes:
             warnings.warn(f"{self.zone.index}: {note}", stacklevel=2)
@@ -143,6 +144,7 @@ class LookupStore:
         if problem is not None:
             raise SessionError(problem)
         self.rows.rollback(tokens)
+        self._checked_at = min(self._checked_at, self.tokens)
         index = self.index
         if index is None:
             return
@@ -163,7 +165,7 @@ class LookupStore:
         )
         child.index = None if self.index is None else self.index.fork()
         child.sample = self.sample.copy()
-        child._made_at, child._made_end = self._made_at, self._made_end
+        child._checked_at, child._made_end = self._checked_at, self._made_end
         return child
 
     def nbytes(self) -> int:

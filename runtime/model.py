@@ -66,11 +66,11 @@ class CompiledModel:
     def with_plan(self, plan: Plan) -> CompiledModel:
         """The same program with other memory: segments do not know the plan.  Nothing is proved of it.
 
-        Groups for which no kernel was built run in torch, and a warning says so.
+        Groups for which no kernel was built, for prompts or for single tokens, run in torch there, and a warning says so.
         """
         groups = [group for site in plan.sites for group in site.groups]
         kernels = self.kernels
-        without = sum(not (kernels.serve(group) or kernels.read_prompts(group) or kernels.look_up(group)) for group in groups)
+        without = sum(not (kernels.look_up(group) if group.policy.found else kernels.serve(group)) for group in groups)
         warnings = self.warnings
         if without and self.kernels.keys:
             groups_without = f"{without} of {len(groups)} groups of KV heads"

@@ -44,7 +44,8 @@ SELECTS: dict[Select, int] = {"per_query_head": 0, "union": 1, "sum": 2, "max": 
 
 
 def sketch_words(index: SketchIndex) -> Tensor:
-    """Where the sketch lies, int64: good as long as the index has the same basis, parts and centres, which must be kept alive.
+    """Where the sketch lies, int64: good as long as the index has the same parts and gaps (with which its centres change), which must be
+    kept alive.
 
     SketchWord in codegen/cpp/lookup_head.h names them; behind them, of each part, its tokens and the addresses of codes, position, mean and
     mean_scale.

@@ -120,12 +120,12 @@ struct KvcLookupKernel {
   void (*prepare)(const void *query, int64_t head_stride, const KvcSketch *, const KvcLookupQuery *);
   void (*rank)(const KvcLookupQuery *, const KvcSketch *, const uint8_t *codes, const float *bias, int64_t runs, int64_t near, int64_t low,
                const KvcRanked *);
-  void (*scan)(const KvcLookupQuery *, const KvcSketch *, const KvcRun *, int64_t first, int64_t count, int32_t *scores, int32_t *tops);
+  void (*scan)(const KvcLookupQuery *, const KvcSketch *, const KvcRun *, int64_t count, int32_t *scores, int32_t *tops);
   void (*weigh)(const KvcLookupQuery *, const int32_t *scores, int64_t blocks, float *maximum, float *sum);
-  void (*share)(const KvcLookupQuery *, const float *log_sum, int32_t by_sum, const int32_t *scores, int64_t first, int64_t blocks,
-                int32_t *ranks, int32_t *tops);
-  int32_t (*choose)(const int32_t *numbers, int64_t vectors, const int32_t *tops, int64_t top_vectors, int64_t stride, int64_t k,
-                    const KvcRun *, uint32_t *chosen);
+  void (*share)(const KvcLookupQuery *, const float *log_sum, int32_t by_sum, const int32_t *scores, int64_t blocks, int32_t *ranks,
+                int32_t *tops);
+  void (*choose)(const int32_t *numbers, int64_t vectors, const int32_t *tops, int64_t top_vectors, int64_t stride, int64_t k,
+                 const KvcRun *, uint32_t *chosen);
   KvcWeights (*sum_runs)(const KvcLookupQuery *, int32_t row, int32_t shift, const int32_t *scores, const uint32_t *chosen, const KvcRun *,
                          int64_t count, float *sums);
   void (*attend)(const float *query, int32_t queries, const void *const *keys, const void *const *values, int64_t tokens, const KvcState *);

@@ -15,7 +15,6 @@ namespace {
 enum Column { kKernel, kStore, kSketch, kHeads, kHeadCount, kStart, kOutRow, kBefore, kK, kSelect, kTail, kColumnCount };
 
 constexpr int64_t kInlineKeys = 4096;  // a call over so few keys is done by the calling thread
-constexpr float kLargestAbove = 60;    // a logit further above the shift would not do for sums in float32
 constexpr float kLost = 1.49e-8f;      // 2^-26: so small a share of a sum is lost in its rounding
 
 struct Call {
@@ -80,7 +79,7 @@ void scan(const Head &head, int64_t chunk) {
   const int64_t queries = kernel.queries_per_kv, first = chunk * kScanRuns, runs = runs_of(head, chunk);
   int32_t *tops = head.tops + chunk * kTops * queries * 16;
   std::fill(tops, tops + std::min(kTops, 2 * runs) * queries * 16, INT32_MIN);
-  kernel.scan(&head.query, &head.sketch, head.runs + first, 0, runs, head.scores + 2 * first * queries * 16, tops);
+  kernel.scan(&head.query, &head.sketch, head.runs + first, runs, head.scores + 2 * first * queries * 16, tops);
 }
 
 void weigh(const Head &head, int64_t chunk) {
@@ -105,7 +104,7 @@ void share(const Head &head, int64_t chunk) {
   const int64_t queries = head.group->kernel->queries_per_kv, first = chunk * kScanRuns, blocks = 2 * runs_of(head, chunk);
   int32_t *tops = head.rank_tops + chunk * kTops * 16;
   std::fill(tops, tops + std::min(kTops, blocks) * 16, INT32_MIN);
-  head.group->kernel->share(&head.query, head.log_sum, head.group->select == kSum, head.scores + 2 * first * queries * 16, 0, blocks,
+  head.group->kernel->share(&head.query, head.log_sum, head.group->select == kSum, head.scores + 2 * first * queries * 16, blocks,
                             head.ranks + 2 * first * 16, tops);
 }
 

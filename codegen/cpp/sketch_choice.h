@@ -90,9 +90,9 @@ void rank_runs(const KvcLookupQuery *query, const KvcSketch *sketch, const uint8
 inline int32_t position_of(const KvcRun *runs, int32_t index) { return runs[index / kRunTokens].position[index % kRunTokens]; }
 
 // Sets the bits of the k largest numbers and clears the others'; of equal numbers the earlier positions are chosen.  numbers: an even
-// count of vectors, `stride` numbers apart; tops: the largest ones of some, in as many vectors.  Returns the smallest chosen number.
-inline int32_t choose_largest(const int32_t *numbers, int64_t vectors, const int32_t *tops, int64_t top_vectors, int64_t stride, int64_t k,
-                              const KvcRun *runs, uint32_t *chosen) {
+// count of vectors, `stride` numbers apart; tops: the largest ones of some, in as many vectors.
+inline void choose_largest(const int32_t *numbers, int64_t vectors, const int32_t *tops, int64_t top_vectors, int64_t stride, int64_t k,
+                           const KvcRun *runs, uint32_t *chosen) {
   static thread_local std::vector<int32_t> large, ties;
   // The kth largest of the tops is no larger than the kth largest of all: what is below it need not be looked at again.
   const bool few = 4 * k <= 3 * top_vectors * 16;
@@ -124,7 +124,7 @@ inline int32_t choose_largest(const int32_t *numbers, int64_t vectors, const int
     chosen[v / 2] = low | high << 16;
     count += __builtin_popcount(chosen[v / 2]);
   }
-  if (count == k) return last;
+  if (count == k) return;
   ties.clear();  // of the last one
   for (int64_t run = 0; run < vectors / 2; run++)
     for (uint32_t left = chosen[run]; left; left &= left - 1) {
@@ -135,7 +135,6 @@ inline int32_t choose_largest(const int32_t *numbers, int64_t vectors, const int
   std::nth_element(ties.begin(), keep, ties.end(),
                    [&](int32_t one, int32_t other) { return position_of(runs, one) < position_of(runs, other); });
   for (auto tie = keep; tie < ties.end(); tie++) chosen[*tie / kRunTokens] &= ~(1u << *tie % kRunTokens);
-  return last;
 }
 
 // Of each query: the largest logit of some blocks, and the sum of exp(logit - largest).
@@ -153,10 +152,10 @@ void sum_weights(const KvcLookupQuery *query, const int32_t *scores, int64_t blo
 }
 
 // Ranks [blocks][16] of keys for all queries together: the bits of the sum, or of the largest, of their weights exp(logit - log_sum).
-// first, tops: as of `scan_sketch`, for one query.
+// tops: as of `scan_runs`, for one query.
 template <class S>
-void share_weights(const KvcLookupQuery *query, const float *log_sum, int32_t by_sum, const int32_t *scores, int64_t first, int64_t blocks,
-                   int32_t *ranks, int32_t *tops) {
+void share_weights(const KvcLookupQuery *query, const float *log_sum, int32_t by_sum, const int32_t *scores, int64_t blocks, int32_t *ranks,
+                   int32_t *tops) {
   for (int64_t b = 0; b < blocks; b++) {
     Floats shared = {};
     for (int row = 0; row < S::kQueries; row++) {
@@ -166,7 +165,7 @@ void share_weights(const KvcLookupQuery *query, const float *log_sum, int32_t by
       shared = by_sum ? shared + weight : maximum(shared, weight);
     }
     store_ints(ranks + b * 16, (Ints)shared);
-    int32_t *top = tops + (first + b) % kTops * 16;
+    int32_t *top = tops + b % kTops * 16;
     store_ints(top, larger(load_as<Ints>(top), (Ints)shared));
   }
 }

@@ -5,7 +5,7 @@
 
 namespace {
 
-// What the keys of some runs weigh that are not chosen, a sum a run; and all in all, as `put_back` says.  sums null: not wanted.
+// What the keys of some runs weigh that are not chosen, a sum a run; and all in all; scores are at most `shift`.
 template <class S>
 KvcWeights sum_runs(const KvcLookupQuery *query, int32_t row, int32_t shift, const int32_t *scores, const uint32_t *chosen,
                     const KvcRun *runs, int64_t count, float *sums) {

@@ -153,11 +153,10 @@ KVC_INLINE Floats weights_below(Ints score, int32_t top, float scale, float base
 
 // ---- the scan ----
 
-// Scores [2 * runs][queries][16] of the keys of some runs, the first of which is run `first` of its chunk; tops [kTops][queries][16] become
-// the largest scores of the chunk's blocks number t, t + kTops, and so on.
+// Scores [2 * runs][queries][16] of the keys of some runs; tops [kTops][queries][16] become the largest scores of blocks number t, t + kTops,
+// and so on.
 template <class S>
-void scan_runs(const KvcLookupQuery *query, const KvcSketch *sketch, const KvcRun *runs, int64_t first, int64_t count, int32_t *scores,
-               int32_t *tops) {
+void scan_runs(const KvcLookupQuery *query, const KvcSketch *sketch, const KvcRun *runs, int64_t count, int32_t *scores, int32_t *tops) {
   constexpr int kAtOnce = kRegisters >= 32 ? 2 : 1;
   constexpr int kScanned = kRegisters >= 32 ? 8 : 2;  // queries at once
   const int units = (int)sketch->keys.units, fine = (int)sketch->keys.fine;
@@ -171,7 +170,7 @@ void scan_runs(const KvcLookupQuery *query, const KvcSketch *sketch, const KvcRu
         for (int b = 0; b < kAtOnce; b++)
           for (int i = 0; i < m; i++) {
             store_ints(scores + ((2 * run + block + b) * S::kQueries + row + i) * 16, sum[b][i]);
-            int32_t *top = tops + ((2 * (first + run) + block + b) % kTops * S::kQueries + row + i) * 16;
+            int32_t *top = tops + ((2 * run + block + b) % kTops * S::kQueries + row + i) * 16;
             store_ints(top, larger(load_as<Ints>(top), sum[b][i]));
           }
       });

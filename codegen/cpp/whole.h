@@ -19,7 +19,6 @@
 namespace {
 
 constexpr int32_t kNothing = INT32_MIN;  // below every score
-alignas(64) constexpr int32_t kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // sum + the products of a lane's 4 codes with 4 coordinates of a query.  Codes are at most 15: two products fit in 16 bits.
 KVC_INLINE Ints add_products(Ints sum, Bits codes, int32_t query) {

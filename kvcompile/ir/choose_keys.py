@@ -20,9 +20,11 @@ def choices(choosing_CSJ: Tensor, offered_TI: Tensor) -> Tensor:
 def hidden_by_choice(choosing_CSJ: Tensor, offered_TI: Tensor, hidden_ST: Tensor, chosen_tokens: int) -> Tensor:
     """bool [S, T]: True where the query does not see the key, which hidden_ST hides already or which is not chosen.
 
-    A query that sees at most `chosen_tokens` keys sees them all.
+    A query that sees at most `chosen_tokens` keys sees them all.  Of equal choices, which relu makes often, the earlier key is chosen: what
+    a query sees does not depend on how many keys come after it.
     """
     if hidden_ST.shape[1] <= chosen_tokens:
         return hidden_ST
-    chosen = choices(choosing_CSJ, offered_TI).masked_fill(hidden_ST, -torch.inf).topk(chosen_tokens, dim=1).indices
+    choice_ST = choices(choosing_CSJ, offered_TI).masked_fill(hidden_ST, -torch.inf)
+    chosen = choice_ST.sort(dim=1, descending=True, stable=True).indices[:, :chosen_tokens]
     return hidden_ST | torch.ones_like(hidden_ST).scatter(1, chosen, False)

@@ -107,7 +107,7 @@ class ClustersIndex:
         share_HGN = torch.zeros_like(logit_HGN).scatter_(2, next_HGM, share_HGM)
         return AttentionState(share_HGN @ self.mean_HNE.float(), lse_HG)
 
-    def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
+    def recalibrate(self, recent: RecentQueries, keys: Keys, k: int) -> bool:
         return True
 
     def rollback(self, end: int) -> None:

@@ -33,8 +33,10 @@ class RecentQueries:
         return self.query_HCD.shape[1]
 
     def thinned(self, most: int) -> RecentQueries:
-        """At most `most` of them, evenly spaced."""
+        """At most `most` of them, evenly spaced; an odd stride, so that those of one query head stand between those of another, whose count
+        is a power of two as soon as the text is long."""
         stride = max(1, -(-self.count // most))
+        stride += stride % 2 == 0
         return RecentQueries(self.query_HCD[:, ::stride], self.position_C[::stride])
 
     def behind(self, position: int) -> RecentQueries:
@@ -102,8 +104,8 @@ class KeyIndex(Protocol):
         log-sum-exp of the true logits of what was found."""
         ...
 
-    def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
-        """Corrects what it learnt from queries by the last ones.  False where they have moved so far that it
+    def recalibrate(self, recent: RecentQueries, keys: Keys, k: int) -> bool:
+        """Corrects what it learnt from queries by the last ones, which choose k keys.  False where they have moved so far that it
         should be made anew."""
         ...
 

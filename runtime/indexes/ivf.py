@@ -82,7 +82,7 @@ class IvfIndex:
     def rest(self, query_HGD: Tensor, found: Found, read_lse_HG: Tensor) -> AttentionState | None:
         return None
 
-    def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
+    def recalibrate(self, recent: RecentQueries, keys: Keys, k: int) -> bool:
         return True
 
     def rollback(self, end: int) -> None:

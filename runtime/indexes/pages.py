@@ -97,7 +97,7 @@ class PageIndex:
     def rest(self, query_HGD: Tensor, found: Found, read_lse_HG: Tensor) -> AttentionState | None:
         return None
 
-    def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
+    def recalibrate(self, recent: RecentQueries, keys: Keys, k: int) -> bool:
         """Later pages are judged by these queries; those that have a digest keep it."""
         if self._query_HD is not None and recent.count:
             self._digest_full_pages(keys)

@@ -153,11 +153,12 @@ class SketchIndex:
         mean_HSE = self.centres.mean_HSE.float() * self.centres.mean_scale_HS[..., None]
         return merge_states(near, _weighed(far_HGR, mean_HSE))
 
-    def recalibrate(self, recent: RecentQueries, keys: Keys) -> bool:
+    def recalibrate(self, recent: RecentQueries, keys: Keys, k: int) -> bool:
         """Measures biases and gaps anew; False where the error is _DRIFT times that of the prompt's queries, or more, on some KV head, and
         where more keys were added than it was made from."""
         if len(self.parts) > 1 and self.parts[1].tokens > self.parts[0].tokens:
             return False
+        self.chosen = k / (self.end - self.first)
         spans = keys(self.first, self.first + self.parts[0].tokens)
         error_H = self.calibrate(recent, spans[0].key_HTD if len(spans) == 1 else torch.cat([span.key_HTD for span in spans], 1))
         return error_H is None or bool((error_H <= _DRIFT * self.error_H.clamp_min(_SMALL_ERROR)).all())

@@ -292,9 +292,9 @@ def test_queries_that_drift_are_noticed():
     given, other = past(), past(seed=9)
     index = sketch(given, 0, 1024)
     behind = torch.full((64,), 2000)
-    assert index.recalibrate(RecentQueries(given.query_HND[:, 500:564], behind), given.keys)
+    assert index.recalibrate(RecentQueries(given.query_HND[:, 500:564], behind), given.keys, K)
     for _ in range(2):  # again: it is held against the prompt's queries, not against the last ones
-        assert not index.recalibrate(RecentQueries(20 * other.query_HND[:, :64], behind), given.keys)
+        assert not index.recalibrate(RecentQueries(20 * other.query_HND[:, :64], behind), given.keys, K)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from kvcompile.ir.indexes import BLOCK_TOKENS, MIN_INDEXED_TOKENS
 from kvcompile.ir.policy import SinkRecent, Static, TopK
 from kvcompile.runtime import reference
 from kvcompile.runtime.growable import GrowableStore
-from kvcompile.runtime.lookup import LookupStore, attend_chosen, attend_lookup, attend_prompt
+from kvcompile.runtime.indexes.sketch import SketchIndex
+from kvcompile.runtime.lookup import LATE_TOKENS, LookupStore, attend_chosen, attend_lookup, attend_prompt
 from kvcompile.runtime.merge import AttentionState
 from kvcompile.runtime.query_sample import QuerySample
 from kvcompile.runtime.ring import RingStore
@@ -341,3 +342,26 @@ def test_a_static_rollback_never_lets_the_window_reach_chosen_keys():
     for back in range(60):
         if held.can_rollback(back) is None:
             assert held.tokens - back + 1 - WINDOW.recent_tokens >= held._chosen_end
+
+
+def test_after_a_further_prompt_the_index_does_not_wait_for_its_turn():
+    """Turns of one generated token behind a prompt each: no single token ever falls on the site's turn."""
+    given = tokens(3700)
+    held = store(turn=5)
+    read_prompt(held, *at(given, 0, 800))
+    step(held, *at(given, 800, 801))
+    for start in range(801, 3300, 401):
+        read_prompt(held, *at(given, start, start + 400))
+        step(held, *at(given, start + 400, start + 401))
+        assert held.tokens - held.index.end <= WINDOW.recent_tokens + LATE_TOKENS + BLOCK_TOKENS
+
+
+def test_an_index_is_held_against_queries_after_enough_tokens_however_they_came(monkeypatch):
+    given = tokens(3000)
+    held, asked = store(), []
+    monkeypatch.setattr(SketchIndex, "recalibrate", lambda index, recent, keys, k: asked.append(held.tokens) or True)
+    read_prompt(held, *at(given, 0, 800))
+    step(held, *at(given, 800, 801))
+    read_prompt(held, *at(given, 801, 2600))
+    step(held, *at(given, 2600, 2601))
+    assert asked == [2601]

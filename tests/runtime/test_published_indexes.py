@@ -364,7 +364,7 @@ def test_pages_that_are_added_are_judged_by_the_last_queries():
     for shown in (False, True):
         index = CASES["representatives"].build(given, 0, 512)
         if shown:
-            assert index.recalibrate(drifted, given.keys)
+            assert index.recalibrate(drifted, given.keys, 20)
         grow(index, given, 1024)
         index.search(given.asked(), 64, "union", given.keys)
         found.append(index.digest_HNVD)
