@@ -24,7 +24,7 @@ HEADERS = (
     "attend_rows.h",
     "lookup.h",
 )
-LAUNCHER = ("launcher.cpp", "lookup_operator.cpp")
+LAUNCHER = ("launcher.cpp", "lookup_operator.cpp", "sketch_build.cpp")
 LAUNCHER_HEADERS = ("kernel.h", "stores.h", "operators.h", "lookup_head.h")
 _TYPES = {"float32": "float", "bfloat16": "Bfloat16"}
 _ROWS_LIMIT = 256  # queries that share a KV head: their logits of a chunk of keys stand on the stack

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from kvcompile.ir.indexes import BLOCK_TOKENS, RUNS_TOGETHER, SketchFacts
 from kvcompile.ir.policy import Select
+from kvcompile.runtime import native_sketch
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.indexes.sketch_basis import Basis, fit_basis
@@ -40,6 +41,7 @@ from kvcompile.runtime.indexes.sketch_rows import Centres, Rows, encode, encode_
 from kvcompile.runtime.merge import AttentionState, merge_states
 
 _DRIFT = 1.5  # so many times the error of the prompt's queries, and the basis no longer fits
+_KEYS_AT_ONCE = 16384  # of which the true logits are computed
 _SMALL_ERROR = 0.05  # nats: an error below it is as good as none
 
 
@@ -177,19 +179,20 @@ class SketchIndex:
         recent = recent.thinned(QUERIES).behind(self._first + rows.tokens // 2)
         if recent.count == 0:
             return None
-        place_HRT = (rows.position_HT.long() - self._first).unflatten(1, (-1, BLOCK_TOKENS))
 
-        def logits(query_HCD: Tensor, runs: slice) -> Tensor:
-            place_HT = place_HRT[:, runs].flatten(1)
-            key_HXD = key_HTD.gather(1, place_HT[..., None].expand(-1, -1, key_HTD.shape[2])).float()
-            return self._capped(query_HCD @ key_HXD.transpose(1, 2))
+        def logits(query_HCD: Tensor) -> Tensor:
+            logit_HCT = torch.empty(*query_HCD.shape[:2], rows.tokens)
+            for first in range(0, rows.tokens, _KEYS_AT_ONCE):
+                part = slice(first, first + _KEYS_AT_ONCE)
+                torch.matmul(query_HCD, key_HTD[:, part].float().transpose(1, 2), out=logit_HCT[..., part])
+            return self._capped(logit_HCT)
 
-        def scores(query_HCD: Tensor, runs: slice) -> Tensor:
-            assert runs.start == 0 and runs.stop == rows.runs
-            return self._row_scores(query_HCD, (rows.every(runs.step),))
+        def scores(stride: int) -> Tensor:
+            return self._row_scores(recent.query_HCD, (rows.every(stride),))
 
         run_score_HCR = self._run_scores(recent.query_HCD)
-        return measure(recent, rows.position_HT, logits, scores, run_score_HCR, self.scanned, self.chosen)
+        place_HT, last_C = rows.position_HT - self._first, recent.position_C - self._first
+        return measure(recent.query_HCD, place_HT, last_C, logits, scores, run_score_HCR, self.scanned, self.chosen)
 
     def rollback(self, end: int) -> None:
         """As KeyIndex; a batch that reaches beyond `end` is forgotten whole, and what was there when the index was made stays: their
@@ -261,7 +264,8 @@ class SketchIndex:
         query_HGS = to_slots(basis.query_coordinates(query_HGD), fine_H, units) * step_HS[:, None]
         scale_HG1 = (query_HGS.abs().amax(2, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         whole_HGS = (query_HGS / scale_HG1).round()
-        level_HTS = torch.cat([unpack(each, fine_H) for each in codes], 1).float()
+        unpacked = native_sketch.levels if native_sketch.ready() else unpack
+        level_HTS = torch.cat([unpacked(each, fine_H).float() for each in codes], 1)
         middle_HS1 = (levels(fine_H, units) - 1)[..., None] / 2
         logit_HGT = (whole_HGS @ level_HTS.transpose(1, 2) - whole_HGS @ middle_HS1) * scale_HG1
         return self._capped(logit_HGT + query_HGD @ basis.centre_HD[..., None])

@@ -59,7 +59,7 @@ class Basis:
 
     def coordinates(self, key_HTD: Tensor) -> Tensor:
         """[H, T, C]."""
-        return (key_HTD - self.centre_HD[:, None]) @ self.key_HDC
+        return torch.baddbmm(-self.centre_HD[:, None] @ self.key_HDC, key_HTD, self.key_HDC)
 
     def query_coordinates(self, query_HGD: Tensor) -> Tensor:
         """[H, G, C] of float32 queries."""

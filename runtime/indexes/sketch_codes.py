@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from kvcompile.runtime import native_sketch
+
 LANES = 16
 FINE_COORDINATES, SLOTS = 8, 16  # of a unit: coordinates at 4 bits; at 2 bits as many as there are slots
 _EVEN_STEP = {4: 0.3352, 2: 0.9957}  # best for a normal distribution of unit variance (Max 1960, table II)
@@ -89,10 +91,15 @@ def steps(sample_HTC: Tensor, weight_HT: Tensor, bits: int) -> tuple[Tensor, Ten
     """The step of each coordinate with the least weighted mean squared error, and that error, [H, C]."""
     even_HC = sample_HTC.square().mean(1).sqrt().clamp_min(1e-12) * _EVEN_STEP[bits]
     steps_FHC = torch.stack([even_HC * factor for factor in _STEP_FACTORS])
-    misses = (_rounded(sample_HTC, step_HC, bits) - sample_HTC for step_HC in steps_FHC)
-    errors_FHC = torch.stack([(miss_HTC.square() * weight_HT[..., None]).mean(1) for miss_HTC in misses])
+    errors_FHC = (native_sketch.step_errors if native_sketch.ready() else step_errors)(sample_HTC, weight_HT, steps_FHC, bits)
     best_1HC = errors_FHC.argmin(0, keepdim=True)
     return steps_FHC.gather(0, best_1HC)[0], errors_FHC.gather(0, best_1HC)[0]
+
+
+def step_errors(sample_HTC: Tensor, weight_HT: Tensor, steps_FHC: Tensor, bits: int) -> Tensor:
+    """The weighted mean squared error with each of these steps, [F, H, C]."""
+    misses = (_rounded(sample_HTC, step_HC, bits) - sample_HTC for step_HC in steps_FHC)
+    return torch.stack([(miss_HTC.square() * weight_HT[..., None]).mean(1) for miss_HTC in misses])
 
 
 def fine_units(power_C: Tensor, errors: Mapping[int, Tensor], units: int) -> int:

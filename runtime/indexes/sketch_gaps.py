@@ -1,6 +1,6 @@
 """What a sketch's guesses leave out of logits, as the prompt's last queries find it: the biases that estimates need.
 
-Letters: H KV heads, C queries, T keys, R runs of BLOCK_TOKENS keys, D head_dim, N columns of gaps.
+Letters: H KV heads, C queries, T keys, X the keys of some runs, R runs of BLOCK_TOKENS keys, D head_dim, N columns of gaps.
 
 A query is asked only about keys before it.  Logarithms are natural.
 """
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.indexes import BLOCK_TOKENS
-from kvcompile.runtime.indexes.index import RecentQueries
+from kvcompile.runtime import native_sketch
+from kvcompile.runtime.native_sketch import GapSums, RunSums
 
 QUERIES = 64  # of a KV head, that gaps are measured with
 LOW_SHARE = 0.75  # of the runs that are looked at: those of lowest rank, which tell most about the ones below them
-_RUNS_AT_ONCE = 256
+_RUNS = 256  # that gaps are measured with, at most; biases are of every run
+_LOGITS = 2**24  # at once
 _RIDGE = 1e-4  # of the variance, for slopes
 
 
@@ -66,65 +68,83 @@ def low_runs(near: int) -> int:
 
 
 def measure(
-    recent: RecentQueries,
-    position_HT: Tensor,
-    logits: Callable[[Tensor, slice], Tensor],
-    scores: Callable[[Tensor, slice], Tensor],
+    query_HCD: Tensor,
+    place_HT: Tensor,
+    last_C: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    scores: Callable[[int], Tensor],
     run_score_HCR: Tensor,
     scanned: float,
     chosen: float,
 ) -> Measured:
-    """Measures biases and gaps with queries behind the first key; without any they are 0.
+    """Measures biases and gaps with some queries.
 
-    position_HT: of keys in the order of runs.  logits, scores: true ones, and guesses, of some queries for the keys of some runs.
-    run_score_HCR: of a run's centre with log(BLOCK_TOKENS), for all of `recent`.  chosen: share of keys that a query reads.
+    place_HT: int32, the keys of each run, one run behind another.  A query sees the keys up to place last_C.  logits: true ones of some
+    queries, of all keys in the order of places.  scores: guesses of all queries, of the keys of every so many runs.
+    run_score_HCR: of a run's centre with log(BLOCK_TOKENS).  chosen: share of keys that a query reads.
     """
-    heads, runs = len(position_HT), position_HT.shape[1] // BLOCK_TOKENS
-    stride = -(-runs // _RUNS_AT_ONCE)
-    query_HCD = recent.query_HCD
-    if recent.count == 0:
-        return Measured(torch.zeros(heads, runs), torch.zeros(heads, len(Gap)), torch.zeros(heads))
-    later = _later(recent, position_HT)
-    visible_HCR = BLOCK_TOKENS - later.unflatten(2, (-1, BLOCK_TOKENS)).sum(3)
-    run_score_HCR = run_score_HCR + (visible_HCR / BLOCK_TOKENS).log()  # -inf of a run without a visible key
-    biases = []
-    for first in range(0, runs, _RUNS_AT_ONCE):
-        part = slice(first, min(runs, first + _RUNS_AT_ONCE))
-        true_HCT = logits(query_HCD, part).masked_fill_(later[:, :, first * BLOCK_TOKENS : part.stop * BLOCK_TOKENS], -torch.inf)
-        true_HCR = true_HCT.unflatten(2, (-1, BLOCK_TOKENS)).logsumexp(3)
-        biases.append(_mean(true_HCR - run_score_HCR[:, :, part], 1))
-    run_bias_HR = torch.cat(biases, 1)
+    heads, tokens = place_HT.shape
+    runs = tokens // BLOCK_TOKENS
+    stride = -(-runs // _RUNS)
+    run_sums = native_sketch.runs if native_sketch.ready() else runs_of
+    at_once = max(1, _LOGITS // (heads * tokens))
+    parts = [
+        run_sums(logits(query_HxD), place_HT, last_x, stride)
+        for query_HxD, last_x in zip(query_HCD.split(at_once, 1), last_C.split(at_once), strict=True)
+    ]
+    sums = parts[0] if len(parts) == 1 else RunSums(*(torch.cat(each, 1) for each in zip(*parts, strict=True)))
+    run_score_HCR = run_score_HCR + (sums.seen_HCR / BLOCK_TOKENS).log()  # -inf of a run without a visible key
+    run_bias_HR = _mean(sums.log_sum_HCR - run_score_HCR, 1)
 
-    some = slice(0, runs, stride)
-    later = later.unflatten(2, (-1, BLOCK_TOKENS))[:, :, some].flatten(2)
-    true_HCT = logits(query_HCD, some)
-    guess_HCT = scores(query_HCD, some)
-    error_H = (true_HCT - guess_HCT).std(2).mean(1)
-    true_HCT, guess_HCT = true_HCT.masked_fill_(later, -torch.inf), guess_HCT.masked_fill_(later, -torch.inf)
-    run_HCR = (run_score_HCR + run_bias_HR[:, None])[:, :, some]
-    gaps_HN = _gaps(true_HCT, guess_HCT, run_HCR, scanned, chosen)
-    return Measured(run_bias_HR, gaps_HN, error_H)
+    run_HCR = (run_score_HCR + run_bias_HR[:, None])[:, :, ::stride]
+    place_HX = place_HT.unflatten(1, (-1, BLOCK_TOKENS))[:, ::stride].flatten(1)
+    some = run_HCR.shape[2]
+    k = min(max(1, round(chosen * some * BLOCK_TOKENS)), some * BLOCK_TOKENS)
+    near = near_runs(some, scanned, k)
+    gap_sums = native_sketch.gap_sums if native_sketch.ready() else gap_sums_of
+    gaps = gap_sums(sums.kept_HCX, scores(stride), run_HCR, place_HX, last_C, near, low_runs(near), k)
+    near_gap_HC = gaps.left_true - gaps.left_guess
+    near_HC = gaps.read_true - gaps.read_guess
+    far_HC = gaps.low_guess + _mean(near_gap_HC, 1)[:, None] - gaps.low_runs
+    gaps_HN = torch.cat([_line(near_HC, near_gap_HC), _line(far_HC, gaps.far_true - gaps.far_runs)], 1)
+    return Measured(run_bias_HR, gaps_HN, gaps.error.mean(1))
 
 
-def _gaps(true_HCT: Tensor, guess_HCT: Tensor, run_HCR: Tensor, scanned: float, chosen: float) -> Tensor:
-    runs = run_HCR.shape[2]
-    k = min(max(1, round(chosen * runs * BLOCK_TOKENS)), runs * BLOCK_TOKENS)
-    near = near_runs(runs, scanned, k)
-    ranked_HCR = run_HCR.argsort(2, descending=True)
+def runs_of(logit_HCT: Tensor, place_HT: Tensor, last_C: Tensor, stride: int) -> RunSums:
+    """As native_sketch.runs."""
+    true_HCT = logit_HCT.gather(2, place_HT.long()[:, None].expand_as(logit_HCT))
+    later_HCT = place_HT[:, None] > last_C[:, None]
+    kept_HCX = true_HCT.unflatten(2, (-1, BLOCK_TOKENS))[:, :, ::stride].flatten(2)
+    seen_true_HCT = true_HCT.masked_fill(later_HCT, -torch.inf).unflatten(2, (-1, BLOCK_TOKENS))
+    seen_HCR = BLOCK_TOKENS - later_HCT.unflatten(2, (-1, BLOCK_TOKENS)).sum(3)
+    return RunSums(seen_true_HCT.logsumexp(3), seen_HCR.float(), kept_HCX)
+
+
+def gap_sums_of(
+    true_HCX: Tensor, guess_HCX: Tensor, run_HCR: Tensor, place_HX: Tensor, last_C: Tensor, near: int, low: int, k: int
+) -> GapSums:
+    """As native_sketch.gap_sums."""
+    error_HC = (true_HCX - guess_HCX).std(2)
+    later_HCX = place_HX[:, None] > last_C[:, None]
+    true_HCX, guess_HCX = (each.masked_fill(later_HCX, -torch.inf) for each in (true_HCX, guess_HCX))
+    ranked_HCR = run_HCR.sort(dim=2, descending=True, stable=True).indices
     is_near, is_low = (torch.zeros_like(run_HCR, dtype=torch.bool) for _ in range(2))
     is_near.scatter_(2, ranked_HCR[..., :near], True)
-    is_low.scatter_(2, ranked_HCR[..., near - low_runs(near) : near], True)
+    is_low.scatter_(2, ranked_HCR[..., near - low : near], True)
     near_key, low_key = (each.repeat_interleave(BLOCK_TOKENS, 2) for each in (is_near, is_low))
-    near_guess_HCT = guess_HCT.masked_fill(~near_key, -torch.inf)
-    read = torch.zeros_like(near_key).scatter_(2, near_guess_HCT.topk(k, 2).indices, True) & near_key
+    read = torch.zeros_like(near_key).scatter_(2, guess_HCX.masked_fill(~near_key, -torch.inf).topk(k, 2).indices, True) & near_key
     left = near_key & ~read
-
-    near_gap_HC = _log_sum(true_HCT, left) - _log_sum(guess_HCT, left)
-    near_HC = _log_sum(true_HCT, read) - _log_sum(guess_HCT, read)
-    near_mean_H1 = _mean(near_gap_HC, 1)[:, None]
-    far_gap_HC = _log_sum(true_HCT, ~near_key) - _log_sum(run_HCR, ~is_near)
-    far_HC = _log_sum(guess_HCT, low_key) + near_mean_H1 - _log_sum(run_HCR, is_low)
-    return torch.cat([_line(near_HC, near_gap_HC), _line(far_HC, far_gap_HC)], 1)
+    return GapSums(
+        _log_sum(true_HCX, left),
+        _log_sum(guess_HCX, left),
+        _log_sum(true_HCX, read),
+        _log_sum(guess_HCX, read),
+        _log_sum(true_HCX, ~near_key),
+        _log_sum(run_HCR, ~is_near),
+        _log_sum(guess_HCX, low_key),
+        _log_sum(run_HCR, is_low),
+        error_HC,
+    )
 
 
 def _line(x_HC: Tensor, gap_HC: Tensor) -> Tensor:
@@ -139,11 +159,6 @@ def _line(x_HC: Tensor, gap_HC: Tensor) -> Tensor:
     least_H, most_H = (torch.where(count_H > 0, each, 0.0) for each in (least_H, most_H))
     gap_H, x_H = gap_H1[:, 0], x_H1[:, 0]
     return torch.stack([gap_H, gap_H - slope_H * x_H, slope_H, least_H, most_H], 1)
-
-
-def _later(recent: RecentQueries, position_HT: Tensor) -> Tensor:
-    """Which keys come after which query, bool [H, C, T]."""
-    return position_HT[:, None] > recent.position_C[:, None]
 
 
 def _log_sum(logit: Tensor, of: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.indexes import BLOCK_TOKENS, RUNS_TOGETHER
+from kvcompile.runtime import native_sketch
 from kvcompile.runtime.indexes.balanced import balanced_order
 from kvcompile.runtime.indexes.sketch_basis import Basis
 from kvcompile.runtime.indexes.sketch_codes import LANES, pack, quantise, steps, to_slots
@@ -84,8 +85,7 @@ def encode(basis: Basis, first: int, key_HTD: Tensor, value_HTE: Tensor) -> Rows
 
 def encode_all(basis: Basis, first: int, key_HTD: Tensor, value_HTE: Tensor) -> tuple[Basis, Rows, Centres]:
     """The rows of all keys and the centres of their runs, and the basis with the steps of centres; biases are 0."""
-    rows, coordinate_HTC = _encode(basis, first, basis.coordinates(key_HTD), value_HTE)
-    centre_HRC = coordinate_HTC.unflatten(1, (-1, BLOCK_TOKENS)).mean(2)
+    rows, centre_HRC = _encode(basis, first, basis.coordinates(key_HTD), value_HTE)
     heads, runs, _ = centre_HRC.shape
     step_HC, _ = steps(centre_HRC, torch.ones(heads, runs), 4)
     basis = replace(basis, run_step_HS=to_slots(step_HC[:, None], basis.run_fine_H, basis.run_units, free=1.0)[:, 0])
@@ -100,13 +100,19 @@ def encode_all(basis: Basis, first: int, key_HTD: Tensor, value_HTE: Tensor) -> 
 
 
 def _encode(basis: Basis, first: int, coordinate_HTC: Tensor, value_HTE: Tensor) -> tuple[Rows, Tensor]:
-    """Rows, and the coordinates in their order."""
-    centred_HTE = value_HTE - basis.value_centre_HE[:, None]
-    order_HT = balanced_order(coordinate_HTC @ basis.key_axes_HCP + centred_HTE @ basis.value_axes_HEP)
+    """Rows, and the mean coordinates of their runs, [H, R, C]."""
+    shift_H1P = basis.value_centre_HE[:, None] @ basis.value_axes_HEP
+    points_HTP = torch.baddbmm(coordinate_HTC @ basis.key_axes_HCP - shift_H1P, value_HTE, basis.value_axes_HEP)
+    if native_sketch.ready():
+        order_HT = native_sketch.order(points_HTP)
+        made = native_sketch.rows(coordinate_HTC, value_HTE, order_HT, basis.step_HS, basis.fine_H)
+        return Rows(made.codes_HNUB, order_HT + first, made.mean_HRE, made.mean_scale_HR), made.centre_HRC
+    order_HT = balanced_order(points_HTP)
     coordinate_HTC = coordinate_HTC.gather(1, order_HT[..., None].expand_as(coordinate_HTC))
     level_HTS = quantise(to_slots(coordinate_HTC, basis.fine_H, basis.units), basis.step_HS, basis.fine_H)
     mean_HRE = value_HTE.gather(1, order_HT[..., None].expand_as(value_HTE)).unflatten(1, (-1, BLOCK_TOKENS)).mean(2)
-    return Rows(pack(level_HTS, basis.fine_H), (order_HT + first).int(), *_in_bytes(mean_HRE)), coordinate_HTC
+    rows = Rows(pack(level_HTS, basis.fine_H), (order_HT + first).int(), *_in_bytes(mean_HRE))
+    return rows, coordinate_HTC.unflatten(1, (-1, BLOCK_TOKENS)).mean(2)
 
 
 def _in_bytes(mean_HRE: Tensor) -> tuple[Tensor, Tensor]:
