@@ -1,7 +1,9 @@
 // kvc_native::sketch_*: the parts of making a sketch that torch does in many passes (runtime/native_sketch.py).
 //
 // Work is cut into pieces by heads, runs and queries only, and no sum goes over two pieces: which thread does what changes no bit.
+#include <functional>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "operators.h"
@@ -80,6 +82,13 @@ KVC_ALWAYS float log_sum(const float *x, int64_t count) {
   return top + std::log(sum[0]);
 }
 
+// As unsigned numbers they are ordered as floats are; what is no number comes first.
+KVC_ALWAYS uint32_t ordered(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return x == x ? bits ^ ((bits >> 31 & 0x7fffffff) ^ INT32_MIN) : 0;
+}
+
 // The points of one head, `dim` numbers each, a multiple of 8; and their order so far.
 struct Points {
   const float *points;
@@ -125,10 +134,7 @@ KVC_CLONES void arrange(const Points &of, int64_t begin, int64_t count, int64_t 
   int32_t *const order = of.order + begin, *const other = of.other + begin;
   for (int64_t i = 0; i < count; i++) {
     const float along = dot(of.points + order[i] * of.dim, direction.data(), of.dim);
-    int32_t bits;
-    std::memcpy(&bits, &along, 4);
-    bits ^= (bits >> 31 & 0x7fffffff) ^ INT32_MIN;  // as an unsigned number it is ordered as `along` is
-    keys[i] = (uint64_t)(uint32_t)bits << 32 | (uint32_t)i;
+    keys[i] = (uint64_t)ordered(along) << 32 | (uint32_t)i;
   }
   std::sort(keys, keys + count);
   for (int64_t i = 0; i < count; i++) other[i] = order[(uint32_t)keys[i]];
@@ -229,8 +235,27 @@ struct RunSource {
   int64_t dim, value_dim, units, fine;
 };
 
-KVC_CLONES void encode_run(const RunSource &from, const int32_t *place, uint8_t *codes, float *centre, int8_t *mean, float *scale,
-                           float *sums) {
+// The codes of one key's unit from its coordinates, of which `take` are there.
+template <bool fine>
+KVC_ALWAYS uint32_t unit_codes(const float *x, int64_t take, const float *step) {
+  constexpr int64_t wide = fine ? kFineCoordinates : kSlots;
+  constexpr float top = fine ? 15 : 3;
+  float slots[kSlots] = {};
+  if (take == wide)
+    for (int64_t i = 0; i < wide; i++) slots[i] = x[i];
+  else
+    for (int64_t i = 0; i < take; i++) slots[i] = x[i];
+  uint32_t levels[kSlots] = {}, codes = 0;
+  for (int64_t i = 0; i < wide; i++) levels[i] = (int32_t)rounded(within(slots[i] / step[i] + top / 2, 0, top));
+  for (int64_t j = 0; j < 4; j++) {
+    const uint32_t low = levels[j] | levels[4 + j] << (fine ? 4 : 2), high = levels[8 + j] << 4 | levels[12 + j] << 6;
+    codes |= (fine ? low : low | high) << 8 * j;
+  }
+  return codes;
+}
+
+KVC_CLONES void encode_run(const RunSource &from, const int32_t *place, uint8_t *codes, float *__restrict centre, int8_t *__restrict mean,
+                           float *scale, float *__restrict sums) {
   std::fill(centre, centre + from.dim, 0.0f);
   std::fill(sums, sums + from.value_dim, 0.0f);
   for (int64_t token = 0; token < kRunTokens; token++) {
@@ -240,26 +265,19 @@ KVC_CLONES void encode_run(const RunSource &from, const int32_t *place, uint8_t 
     uint8_t *to = codes + token / kLanes * from.units * kUnitBytes + token % kLanes * 4;
     int64_t at = 0;
     for (int64_t unit = 0; unit < from.units; unit++, to += kUnitBytes) {
-      const bool fine = unit < from.fine;
-      const int64_t wide = fine ? kFineCoordinates : kSlots, take = within(from.dim - at, 0, wide);
-      const float *step = from.step + unit * kSlots, top = fine ? 15 : 3;
-      float slots[kSlots] = {};
-      if (take == kSlots)
-        for (int64_t i = 0; i < kSlots; i++) slots[i] = x[at + i];
-      else
-        for (int64_t i = 0; i < take; i++) slots[i] = x[at + i];
-      uint32_t levels[kSlots];
-      for (int64_t i = 0; i < kSlots; i++) levels[i] = (int32_t)rounded(within(slots[i] / step[i] + top / 2, 0, top));
-      for (int64_t j = 0; j < 4; j++)
-        to[j] = fine ? levels[j] | levels[4 + j] << 4 : levels[j] | levels[4 + j] << 2 | levels[8 + j] << 4 | levels[12 + j] << 6;
-      at += wide;
+      const float *step = from.step + unit * kSlots;
+      const int64_t wide = unit < from.fine ? kFineCoordinates : kSlots, take = std::min(std::max<int64_t>(from.dim - at, 0), wide);
+      const uint32_t word = unit < from.fine ? unit_codes<true>(x + at, take, step) : unit_codes<false>(x + at, take, step);
+      for (int64_t j = 0; j < 4; j++) to[j] = word >> 8 * j;
+      at += take;
     }
   }
   for (int64_t c = 0; c < from.dim; c++) centre[c] /= kRunTokens;
   float size = 0;
   for (int64_t e = 0; e < from.value_dim; e++) sums[e] /= kRunTokens, size = std::max(size, std::fabs(sums[e]));
-  *scale = std::max(size / 127, std::numeric_limits<float>::min());
-  for (int64_t e = 0; e < from.value_dim; e++) mean[e] = (int8_t)rounded(within(sums[e] / *scale, -127, 127));
+  const float unit = std::max(size / 127, std::numeric_limits<float>::min());
+  for (int64_t e = 0; e < from.value_dim; e++) mean[e] = (int8_t)rounded(within(sums[e] / unit, -127, 127));
+  *scale = unit;
 }
 
 // coordinate [H, T, C], value [H, T, E], order [H, T] int32, step [H, 16 U], fine [H] int64 -> codes uint8 [H, T / 16, U, 64] in this
@@ -370,15 +388,7 @@ struct Chosen {
   int64_t near, low, k;  // runs that are looked at and the lowest of these, and keys that are read
 };
 
-// Memory of one query: numbers of each kind of key side by side.
-struct Kinds {
-  explicit Kinds(int64_t keys) : room(keys), memory(7 * keys) {}
-  float *of(int64_t kind) { return memory.data() + kind * room; }
-  int64_t room;
-  std::vector<float> memory;
-};
-
-KVC_CLONES float deviation(const float *truth, const float *guess, int64_t count) {
+KVC_ALWAYS float deviation(const float *truth, const float *guess, int64_t count) {
   double sum = 0, squares = 0;
   for (int64_t first = 0; first < count; first += kRunTokens) {
     float part[8] = {}, square[8] = {};
@@ -392,50 +402,54 @@ KVC_CLONES float deviation(const float *truth, const float *guess, int64_t count
   return std::sqrt(std::max(0.0, (squares - sum * sum / count) / (count - 1)));
 }
 
-KVC_CLONES float log_sum_of(const float *x, int64_t count) { return log_sum(x, count); }
+// The k-th largest of `count` numbers, a multiple of 8.  memory: as many.
+KVC_ALWAYS float largest(const float *x, int64_t count, int64_t k, float *memory) {
+  float least = -INFINITY;
+  const int64_t groups = count / 8;
+  if (k <= groups) {  // as many groups reach the k-th largest of their maxima, so no smaller number counts
+    for (int64_t g = 0; g < groups; g++) memory[g] = *std::max_element(x + g * 8, x + g * 8 + 8);
+    std::nth_element(memory, memory + k - 1, memory + groups, std::greater<float>());
+    least = memory[k - 1];
+  }
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; i++) memory[kept] = x[i], kept += x[i] >= least;
+  std::nth_element(memory, memory + k - 1, memory + kept, std::greater<float>());
+  return memory[k - 1];
+}
 
-// truth, guess [32 runs], run [runs]: of one query, whose keys end at `last`.
-void sum_kinds(const float *truth, const float *guess, const float *run, const int32_t *place, int64_t last, int64_t runs,
-               const Chosen &chosen, float *sums) {
-  const int64_t keys = runs * kRunTokens;
+// truth, guess [32 runs], run [runs]: of one query, whose keys end at `last`.  memory: 7 numbers a key.
+KVC_CLONES void sum_kinds(const float *truth, const float *guess, const float *run, const int32_t *place, int64_t last, int64_t runs,
+                          const Chosen &chosen, float *memory, float *sums) {
+  const int64_t keys = runs * kRunTokens, near_keys = chosen.near * kRunTokens;
   sums[kError] = deviation(truth, guess, keys);
-  const auto number = [](float x) { return x == x ? x : -INFINITY; };  // what is no number would have no place in an order
-  std::vector<int32_t> order(runs);
-  for (int64_t r = 0; r < runs; r++) order[r] = r;
-  std::sort(order.begin(), order.end(),
-            [&](int32_t a, int32_t b) { return number(run[a]) > number(run[b]) || (number(run[a]) == number(run[b]) && a < b); });
-  Kinds kinds(keys);
-  float *left_true = kinds.of(0), *left_guess = kinds.of(1), *read_true = kinds.of(2), *read_guess = kinds.of(3), *low = kinds.of(4);
-  float *low_runs = kinds.of(5), *far = kinds.of(6);
-  const auto visible = [&](const float *x, int64_t key) { return place[key] <= last ? x[key] : -INFINITY; };
-  // the k best of the keys that are looked at; `far` holds them for now
-  for (int64_t n = 0; n < chosen.near; n++)
-    for (int64_t i = 0; i < kRunTokens; i++) far[n * kRunTokens + i] = number(visible(guess, order[n] * kRunTokens + i));
-  const int64_t near_keys = chosen.near * kRunTokens;
-  std::nth_element(far, far + chosen.k - 1, far + near_keys, std::greater<float>());
-  const float least = far[chosen.k - 1];
-  int64_t equals = chosen.k - std::count_if(far, far + near_keys, [&](float x) { return x > least; });
-  int64_t left = 0, read = 0, lows = 0;
-  for (int64_t n = 0; n < chosen.near; n++) {
-    for (int64_t key = order[n] * kRunTokens; key < (order[n] + 1) * kRunTokens; key++) {
-      const float a = visible(truth, key), b = visible(guess, key);
-      const bool is_read = b > least || (b == least && equals > 0);
-      equals -= b == least;
-      left_true[left] = a, left_guess[left] = b, read_true[read] = a, read_guess[read] = b;
-      left += !is_read, read += is_read;
-      if (n >= chosen.near - chosen.low) low[lows++] = b;
-    }
-    if (n >= chosen.near - chosen.low) low_runs[n - (chosen.near - chosen.low)] = run[order[n]];
+  std::vector<uint64_t> rank(runs);  // of the runs, the best first; of equal ones the earlier
+  for (int64_t r = 0; r < runs; r++) rank[r] = (uint64_t)~ordered(run[r]) << 32 | (uint32_t)r;
+  std::sort(rank.begin(), rank.end());
+  float *near_true = memory, *near_guess = near_true + keys, *left_true = near_guess + keys, *left_guess = left_true + keys;
+  float *read_true = left_guess + keys, *read_guess = read_true + keys, *far = read_guess + keys;
+  const auto take = [&](const float *x, int64_t n, float *to) {  // what the query sees of the run that is n-th best
+    const int64_t first = (uint32_t)rank[n] * kRunTokens;
+    for (int64_t i = 0; i < kRunTokens; i++) to[i] = place[first + i] <= last ? x[first + i] : -INFINITY;
+  };
+  for (int64_t n = 0; n < chosen.near; n++) take(truth, n, near_true + n * kRunTokens), take(guess, n, near_guess + n * kRunTokens);
+  for (int64_t i = 0; i < near_keys; i++) far[i] = near_guess[i] == near_guess[i] ? near_guess[i] : -INFINITY;
+  const float least = largest(far, near_keys, chosen.k, left_true);
+  int64_t equals = chosen.k, left = 0, read = 0;
+  for (int64_t i = 0; i < near_keys; i++) equals -= far[i] > least;
+  for (int64_t i = 0; i < near_keys; i++) {
+    const bool equal = far[i] == least, is_read = far[i] > least || (equal && equals > 0);
+    equals -= equal;
+    left_true[left] = read_true[read] = near_true[i], left_guess[left] = read_guess[read] = near_guess[i];
+    left += !is_read, read += is_read;
   }
-  sums[kLeftTrue] = log_sum_of(left_true, left), sums[kLeftGuess] = log_sum_of(left_guess, left);
-  sums[kReadTrue] = log_sum_of(read_true, read), sums[kReadGuess] = log_sum_of(read_guess, read);
-  sums[kLowGuess] = log_sum_of(low, lows), sums[kLowRuns] = log_sum_of(low_runs, chosen.low);
-  int64_t fars = 0;
-  for (int64_t n = chosen.near; n < runs; n++) {
-    low_runs[n - chosen.near] = run[order[n]];
-    for (int64_t key = order[n] * kRunTokens; key < (order[n] + 1) * kRunTokens; key++) far[fars++] = visible(truth, key);
-  }
-  sums[kFarTrue] = log_sum_of(far, fars), sums[kFarRuns] = log_sum_of(low_runs, runs - chosen.near);
+  const int64_t above = chosen.near - chosen.low, far_runs = runs - chosen.near;
+  sums[kLeftTrue] = log_sum(left_true, left), sums[kLeftGuess] = log_sum(left_guess, left);
+  sums[kReadTrue] = log_sum(read_true, read), sums[kReadGuess] = log_sum(read_guess, read);
+  sums[kLowGuess] = log_sum(near_guess + above * kRunTokens, chosen.low * kRunTokens);
+  for (int64_t n = 0; n < far_runs; n++) take(truth, chosen.near + n, far + n * kRunTokens);
+  sums[kFarTrue] = log_sum(far, far_runs * kRunTokens);
+  for (int64_t r = 0; r < runs; r++) far[r] = run[(uint32_t)rank[r]];
+  sums[kFarRuns] = log_sum(far + chosen.near, far_runs), sums[kLowRuns] = log_sum(far + above, chosen.low);
 }
 
 // truth, guess [H, C, 32 R], run [H, C, R] of some runs, order [H, 32 R] int32: their keys; last [C] int64 -> sums [H, C, Sum].
@@ -449,9 +463,12 @@ void sketch_gaps(const Tensor &truth, const Tensor &guess, const Tensor &run, co
                   "logits, guesses, order, last and sums must be of the same heads, queries and runs");
   STD_TORCH_CHECK(low >= 1 && low <= near && near <= runs && k >= 1 && k <= near * kRunTokens, "no such choice of runs and keys");
   each_on_threads(heads * queries, [&](int64_t i) {
+    const std::unique_ptr<float[]> memory(new float[7 * keys]);
+    const Chosen chosen = {near, low, k};
+    const int64_t until = ((const int64_t *)last.data_ptr())[i % queries];
     sum_kinds((const float *)truth.data_ptr() + i * keys, (const float *)guess.data_ptr() + i * keys,
-              (const float *)run.data_ptr() + i * runs, (const int32_t *)order.data_ptr() + i / queries * keys,
-              ((const int64_t *)last.data_ptr()) [i % queries], runs, { near, low, k }, (float *)sums.data_ptr() + i * kSumColumns);
+              (const float *)run.data_ptr() + i * runs, (const int32_t *)order.data_ptr() + i / queries * keys, until, runs, chosen,
+              memory.get(), (float *)sums.data_ptr() + i * kSumColumns);
   });
 }
 

@@ -265,10 +265,11 @@ class SketchIndex:
         scale_HG1 = (query_HGS.abs().amax(2, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         whole_HGS = (query_HGS / scale_HG1).round()
         unpacked = native_sketch.levels if native_sketch.ready() else unpack
-        level_HTS = torch.cat([unpacked(each, fine_H).float() for each in codes], 1)
+        parts = [unpacked(each, fine_H).float() for each in codes]
+        level_HTS = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         middle_HS1 = (levels(fine_H, units) - 1)[..., None] / 2
-        logit_HGT = (whole_HGS @ level_HTS.transpose(1, 2) - whole_HGS @ middle_HS1) * scale_HG1
-        return self._capped(logit_HGT + query_HGD @ basis.centre_HD[..., None])
+        logit_HGT = (whole_HGS @ level_HTS.transpose(1, 2)).sub_(whole_HGS @ middle_HS1).mul_(scale_HG1)
+        return self._capped(logit_HGT.add_(query_HGD @ basis.centre_HD[..., None]))
 
     def _capped(self, logit_HGT: Tensor) -> Tensor:
         return logit_HGT if self.soft_cap is None else self.soft_cap * torch.tanh(logit_HGT / self.soft_cap)

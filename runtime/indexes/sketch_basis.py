@@ -18,7 +18,7 @@ from kvcompile.runtime.indexes.sketch_codes import FINE_COORDINATES, SLOTS, fine
 WEIGHT_RANGE = (0.01, 100.0)  # of a key's errors against another's
 VALUE_WEIGHT = 0.6  # of values against coordinates when keys are ordered; both have unit mean square
 WEIGHING_QUERIES = 64  # of a KV head, that keys are weighed with
-_SAMPLE = 4096  # keys that steps are chosen on
+_SAMPLE = 2048  # keys that steps are chosen on
 _RIDGE = 1e-4  # of the queries' mean square: directions that no query has looked along
 
 
@@ -88,9 +88,10 @@ def fit_basis(first: int, key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, un
     query_HDC = torch.linalg.solve_triangular(root_HDD.transpose(1, 2), directions_HDC, upper=True).float()
 
     stride = -(-key_HTD.shape[1] // _SAMPLE)
-    sample_HTC = centred_HTD[:, ::stride] @ key_HDC
     position_T = torch.arange(first, first + key_HTD.shape[1], stride)
-    weight_HT = key_weights(centred_HTD[:, ::stride], position_T, prompt.recent)
+    centred_HTD = centred_HTD[:, ::stride]
+    sample_HTC = centred_HTD @ key_HDC
+    weight_HT = key_weights(centred_HTD, position_T, prompt.recent)
     kinds = {bits: steps(sample_HTC, weight_HT, bits) for bits in (4, 2)}
     power_HC = (sample_HTC.square() * weight_HT[..., None]).mean(1)
     fine = [
@@ -103,8 +104,8 @@ def fit_basis(first: int, key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, un
     padding = (0, -used % SLOTS)
     sample_HTC, key_HDC, query_HDC = sample_HTC[..., :used], key_HDC[..., :used], query_HDC[..., :used]
     step_HS = _in_slots(kinds, fine_H, units, used)
-    centred_HTE = value_HTE - value_HTE.mean(1, keepdim=True)
-    key_axes, value_axes = _run_axes(sample_HTC, centred_HTE[:, ::stride])
+    value_centre_HE = value_HTE.mean(1)
+    key_axes, value_axes = _run_axes(sample_HTC, value_HTE[:, ::stride] - value_centre_HE[:, None])
     basis = Basis(
         centre_HD,
         torch.nn.functional.pad(key_HDC, padding),
@@ -112,7 +113,7 @@ def fit_basis(first: int, key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, un
         step_HS,
         fine_H,
         torch.ones(len(key_HTD), run_units * SLOTS),
-        value_HTE.mean(1),
+        value_centre_HE,
         torch.nn.functional.pad(key_axes, (0, 0, *padding)),
         value_axes,
     )
