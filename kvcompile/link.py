@@ -14,19 +14,22 @@ from pathlib import Path
 import torch
 
 from kvcompile.codegen.build import Build
-from kvcompile.codegen.cpp.render import launcher_sources, library_sources, refusal, render
+from kvcompile.codegen.cpp.render import graph_sources, launcher_sources, library_sources, refusal, render
 from kvcompile.codegen.segment_binary import can_compile, compile_segment, segment_key
 from kvcompile.codegen.toolchain import BASE_FLAGS, Isa, Toolchain, find_toolchain, isa_flags, machine_isa, torch_flags, why_none
 from kvcompile.codegen.triton import sources as triton_sources
 from kvcompile.ir.errors import BuildError, KvcompileError, Problem, TargetError, UnsupportedGraphError
+from kvcompile.ir.graph_facts import ROARGRAPH
 from kvcompile.ir.linear_op import LINEARS
 from kvcompile.ir.plan import Plan
+from kvcompile.ir.policy import TopK
 from kvcompile.ir.request import LinearRequest, Request
 from kvcompile.ir.segment_description import SegmentDescription
 from kvcompile.ir.spec import Spec
 from kvcompile.ir.tokens import fake_value
 from kvcompile.models import cache
 from kvcompile.runtime.native import NO_KERNELS, NativeKernels, load_kernels, load_launcher
+from kvcompile.runtime.native_graph import GraphLibrary, load_graphs
 from kvcompile.runtime.program import EagerSegment, Program, Segment
 from kvcompile.runtime.segment import load_segment
 
@@ -57,6 +60,7 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
     Raises TargetError where `target.isa` names instructions that this processor lacks, or $CXX does not work.
     """
     isa = _isa(spec)
+    plans = tuple(plans)
     target = spec.target
     toolchain = find_toolchain() if (target.kernels, target.segments) != ("torch", "eager") else None
     warnings: list[str] = []
@@ -75,6 +79,9 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
                 gemv = {request.dtype: kernels.name(request.key) for request in requests if isinstance(request, LinearRequest)}
         except BuildError as error:
             warnings.append(f"the kernels could not be built, so torch runs instead, which is slower. {error}")
+    if _walks(plans):
+        with stage("graphs", "building or loading the library of graphs"):
+            build_graphs(isa, _compiler_of_graphs(spec), warnings=warnings, built=built)
     segments = _segments(graph, gemv)
     loaded: dict[str, Segment] = {}
     if toolchain is not None and target.segments == "compiled":
@@ -85,6 +92,37 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
             loaded[name] = EagerSegment(module)
             built.append(f"{name} eager")
     return Linked(Program.from_graph(graph, loaded), kernels, tuple(built), tuple(warnings))
+
+
+def _walks(plans: Iterable[Plan]) -> bool:
+    """Whether an index is a graph."""
+    found = (group.policy.found for plan in plans for site in plan.sites for group in site.groups)
+    return any(isinstance(zone, TopK) and zone.index == ROARGRAPH.name for zone in found)
+
+
+def _compiler_of_graphs(spec: Spec) -> Toolchain:
+    """Graphs are built and walked in C++ whatever `target` says of kernels: there is no other version."""
+    toolchain = find_toolchain()
+    if toolchain is None:
+        what = f"the index {ROARGRAPH.name} runs in C++ only, and {why_none()}."
+        raise TargetError.at(spec.where("policies"), what, "Install g++, set CXX, or write index: sketch, which torch can run.")
+    return toolchain
+
+
+def build_graphs(
+    isa: Isa,
+    toolchain: Toolchain,
+    extra_flags: tuple[str, ...] = (),
+    *,
+    warnings: list[str] | None = None,
+    built: list[str] | None = None,
+) -> GraphLibrary:
+    """The library of graphs, built or found in the cache, and loaded: indexes use it from now on.  Options as of `build_kernels`."""
+    graphs = Build("kvc_graphs", graph_sources(), BASE_FLAGS + isa_flags(isa) + extra_flags, toolchain, ("-pthread",))
+    if built is not None:
+        built.append(graphs.key)
+    with _kept(graphs.key, partial(_build, graphs), "kernels", warnings) as folder:
+        return load_graphs(folder / graphs.library)
 
 
 def kernel_sources(graph: torch.fx.GraphModule, plan: Plan) -> dict[str, str]:

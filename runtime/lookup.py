@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
-from kvcompile.ir.indexes import BLOCK_TOKENS, MIN_INDEXED_TOKENS
+from kvcompile.ir.indexes import BLOCK_TOKENS, MIN_INDEXED_TOKENS, training_queries
 from kvcompile.ir.policy import SinkRecent, TopK
 from kvcompile.runtime.attend import attend_spans
 from kvcompile.runtime.attend_held import attend_held
@@ -64,7 +64,8 @@ class LookupStore:
         self.rollback_tokens = rollback_tokens
         self.turn = turn
         self.index: KeyIndex | None = None
-        self.sample = QuerySample(rows.kv_heads, rows.head_dim)
+        training = training_queries(zone.index, dict(zone.options))
+        self.sample = QuerySample(rows.kv_heads, rows.head_dim, max(1, training // queries_per_kv) if training else 0)
         self._checked_at = self._made_end = 0  # tokens when the index was made or held against queries; what it covered when it was made
         self._words: tuple[SketchIndex, object, object, Tensor] | None = None  # of which index, parts and gaps
 
@@ -127,7 +128,8 @@ class LookupStore:
     def _built(self, first: int, end: int) -> KeyIndex:
         keys, values = _joined(self.rows.spans_between(first, end))
         sample, k = self.sample, self.zone.tokens(self.tokens)
-        prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), self.queries_per_kv, k, self.soft_cap)
+        training = sample.training() if sample.training_positions else None
+        prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), self.queries_per_kv, k, self.soft_cap, training)
         self._checked_at, self._made_end = self.tokens, end
         index = index_kind(self.zone.index).build(first, prompt, dict(self.zone.options))
         for note in index.notes:

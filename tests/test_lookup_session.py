@@ -11,7 +11,9 @@ import toys
 from units import some_ids
 
 import kvcompile
+from kvcompile.ir.errors import TargetError
 from kvcompile.ir.indexes import MIN_INDEXED_TOKENS
+from kvcompile.runtime.indexes.roargraph import RoarGraphIndex
 from kvcompile.runtime.lookup import LookupStore
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.runtime.native import Column, attend_native
@@ -23,6 +25,7 @@ ZONES: dict[str, dict[str, Any]] = {
     "sketch": {"top_k": {"k": 40, "index": "sketch", "tail": True}},
     "share": {"top_k": {"k": "10%", "index": {"sketch": {"bytes_per_key": 8}}, "select": "sum"}},
     "flat": {"top_k": {"k": 40, "index": "flat", "select": "per_query_head"}},
+    "roargraph": {"top_k": {"k": 40, "index": {"roargraph": {"queries": 512, "neighbours": 50, "ef": 60}}}},
     "everything": {"top_k": {"k": "100%", "index": "sketch", "tail": True}},
     "static": {"static": {"keys": 24}},
 }
@@ -160,7 +163,7 @@ def test_the_kernel_does_what_torch_does(zone):
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("zone", ["sketch", "flat", "static"])
+@pytest.mark.parametrize("zone", ["sketch", "flat", "roargraph", "static"])
 def test_something_is_forgotten_and_not_much(zone):
     tokens = ids(PROMPT + 30)
     session, exact = compiled(zone).session(), full().session()
@@ -171,7 +174,7 @@ def test_something_is_forgotten_and_not_much(zone):
     assert 0 < divergence < 0.05
 
 
-@pytest.mark.parametrize("zone", ["sketch", "flat", "static"])
+@pytest.mark.parametrize("zone", ["sketch", "flat", "roargraph", "static"])
 def test_two_interleaved_sessions_are_each_as_alone(zone):
     model = compiled(zone)
     tokens, other = ids(PROMPT + 50), ids(PROMPT + 50, seed=1)
@@ -186,7 +189,7 @@ def test_two_interleaved_sessions_are_each_as_alone(zone):
         torch.testing.assert_close(found, expected[place], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("zone", ["sketch", "flat", "static"])
+@pytest.mark.parametrize("zone", ["sketch", "flat", "roargraph", "static"])
 def test_forks_are_bit_equal_to_reading_anew(zone):
     model = compiled(zone)
     tokens = ids(PROMPT + 100)
@@ -199,7 +202,7 @@ def test_forks_are_bit_equal_to_reading_anew(zone):
     assert child.shared_nbytes() > 0
 
 
-@pytest.mark.parametrize("zone", ["sketch", "flat", "static"])
+@pytest.mark.parametrize("zone", ["sketch", "flat", "roargraph", "static"])
 def test_a_rollback_is_bit_equal_to_never_having_read(zone):
     model = compiled(zone, rollback=70)
     tokens, other = ids(PROMPT + 100), ids(PROMPT + 100, seed=2)
@@ -235,7 +238,7 @@ def test_a_failed_call_leaves_the_session_as_it_was(monkeypatch, kernels):
     assert torch.equal(steps(session, tokens[PROMPT + 5 :]), expected)
 
 
-@pytest.mark.parametrize("zone", ["sketch", "static"])
+@pytest.mark.parametrize("zone", ["sketch", "roargraph", "static"])
 def test_bytes_are_those_of_the_plan(zone):
     model = compiled(zone)
     session = model.session()
@@ -272,3 +275,23 @@ def test_a_second_prompt_is_read_with_all_the_past():
 def test_verification_tells_what_looking_up_costs():
     report = compiled("sketch").verification.as_dict()
     assert report["spec"]["tokens"] == 64
+
+
+def test_a_graph_runs_in_cpp_whatever_the_kernels_and_says_so_where_it_cannot(monkeypatch):
+    spec = {
+        "kvcompile": 1,
+        "verify": {"tokens": 16},
+        "policies": {"mine": {"zones": [SINKS, ZONES["roargraph"]]}},
+        "heads": [{"policy": "mine"}],
+        "target": {"segments": "eager", "kernels": "torch"},
+    }
+    session = kvcompile.compile(toys.llama(layers=2), spec=spec).session()
+    session.prefill(ids(PROMPT))
+    session.step(1)
+    index = session.stores(0)[0].index
+    assert isinstance(index, RoarGraphIndex) and index.walked.keys > 0
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(TargetError, match=r"policies: the index roargraph runs in C\+\+ only, and none of g\+\+") as caught:
+        kvcompile.compile(toys.llama(layers=2), spec=spec)
+    assert "Install g++, set CXX, or write index: sketch" in str(caught.value)

@@ -25,6 +25,7 @@ HEADERS = (
     "lookup.h",
 )
 LAUNCHER = ("launcher.cpp", "lookup_operator.cpp", "sketch_build.cpp")
+GRAPH = ("vector.h", "roargraph.cpp")
 LAUNCHER_HEADERS = ("kernel.h", "stores.h", "operators.h", "lookup_head.h")
 _TYPES = {"float32": "float", "bfloat16": "Bfloat16"}
 _ROWS_LIMIT = 256  # queries that share a KV head: their logits of a chunk of keys stand on the stack
@@ -112,6 +113,11 @@ def library_sources(requests: Iterable[Request]) -> dict[str, str]:
 def launcher_sources() -> dict[str, str]:
     """File name -> text of the operators that call the kernels."""
     return {name: _text(name) for name in (*LAUNCHER_HEADERS, *LAUNCHER)}
+
+
+def graph_sources() -> dict[str, str]:
+    """File name -> text of the library that builds graphs over keys and walks through them."""
+    return {name: _text(name) for name in GRAPH}
 
 
 def _attend_words(request: KernelRequest) -> list[str]:

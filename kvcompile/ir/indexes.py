@@ -1,16 +1,17 @@
 """What a spec and a plan must know of an index before there is one: its options, and its bytes.
 
-Built in: flat, sketch, and those of published systems (published_indexes.py).  Others are entry points of the group
-`kvcompile.indexes`: an object with the attributes of `IndexFacts` and `build` and `restore` of runtime/indexes/index.py.  They are loaded
-when a spec names them, not before.
+Built in: flat, sketch, roargraph (graph_facts.py), and those of other published systems (published_indexes.py).  Others are entry points of
+the group `kvcompile.indexes`: an object with the attributes of `IndexFacts` and `build` and `restore` of runtime/indexes/index.py.  They
+are loaded when a spec names them, not before.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from kvcompile.ir.graph_facts import ROARGRAPH
 from kvcompile.ir.index_terms import Fault as Fault
 from kvcompile.ir.index_terms import IndexBytes as IndexBytes
 from kvcompile.ir.published_indexes import PUBLISHED
@@ -24,6 +25,7 @@ MAX_UNITS = 64
 RUNS_TOGETHER = 16  # of a sketch: their centres are read together, and what is far of them is estimated together
 SCANNED = 0.25  # of a sketch's runs: the share whose keys are looked at
 RUN_AXES = 24  # dimensions in which a sketch forms runs of similar keys and values
+TRAINING_FROM = 64  # position of the first query that is kept for training: the first few of a text are unlike all later ones
 
 
 class IndexFacts(Protocol):
@@ -129,13 +131,43 @@ def default_units(head_dim: int) -> int:
 
 
 FLAT, SKETCH = FlatFacts(), SketchFacts()
-BUILT_IN: dict[str, IndexFacts] = {FLAT.name: FLAT, SKETCH.name: SKETCH, **{facts.name: facts for facts in PUBLISHED}}
+BUILT_IN: dict[str, IndexFacts] = {facts.name: facts for facts in (FLAT, SKETCH, ROARGRAPH, *PUBLISHED)}
 
 
-def sample_bytes(queries_per_kv: int, head_dim: int, context_tokens: int) -> int:
+@runtime_checkable
+class LearningFacts(Protocol):
+    """Of an index that learns from the prompt's queries themselves."""
+
+    def training_queries(self, options: Mapping[str, Any]) -> int:
+        """At most so many of each KV head, of all query heads that share it."""
+        ...
+
+
+@runtime_checkable
+class GroupFacts(Protocol):
+    """Of an index whose bytes depend on how many query heads share a KV head."""
+
+    def for_group(self, queries_per_kv: int) -> IndexFacts: ...
+
+
+def sample_bytes(queries_per_kv: int, head_dim: int, context_tokens: int, training_queries: int = 0) -> int:
     """Bytes a KV head of what a session remembers of its queries (runtime/query_sample.py)."""
     recent = min(-(-context_tokens // RECENT_STRIDE), RECENT_POSITIONS)
-    return 4 * head_dim * (head_dim + recent * queries_per_kv)
+    stride = training_stride(training_queries // queries_per_kv, context_tokens)
+    training = len(_every(stride, context_tokens)) if training_queries else 0
+    return 4 * head_dim * (head_dim + recent * queries_per_kv) + 2 * head_dim * training * queries_per_kv
+
+
+def training_stride(most: int, context_tokens: int) -> int:
+    """Every so many positions, a power of 2, make at most `most` of them (at least one); those from TRAINING_FROM on."""
+    stride = 1
+    while len(_every(stride, context_tokens)) > max(1, most):
+        stride *= 2
+    return stride
+
+
+def _every(stride: int, context_tokens: int) -> range:
+    return range(-(-TRAINING_FROM // stride) * stride, context_tokens, stride)
 
 
 def indexed_tokens(window_tokens: int, context_tokens: int) -> int:
@@ -147,6 +179,18 @@ def indexed_tokens(window_tokens: int, context_tokens: int) -> int:
 def index_names() -> list[str]:
     """Every index that a spec may name; nothing is loaded."""
     return [*BUILT_IN, *sorted({point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)} - set(BUILT_IN))]
+
+
+def training_queries(name: str, options: Mapping[str, Any]) -> int:
+    """Queries a KV head that a session keeps for the index to learn from; 0 for one that does not."""
+    facts = index_facts(name)
+    return facts.training_queries(options) if isinstance(facts, LearningFacts) else 0
+
+
+def group_facts(name: str, queries_per_kv: int) -> IndexFacts:
+    """The facts of an index, with the bytes of KV heads that so many query heads share each."""
+    facts = index_facts(name)
+    return facts.for_group(queries_per_kv) if isinstance(facts, GroupFacts) else facts
 
 
 def index_facts(name: str) -> IndexFacts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvcompile.ir.indexes import BLOCK_TOKENS, IndexBytes, index_facts, indexed_tokens, sample_bytes
+from kvcompile.ir.indexes import BLOCK_TOKENS, IndexBytes, group_facts, indexed_tokens, sample_bytes, training_queries
 from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, SinkRecent, Static, Store, TopK
 from kvcompile.ir.request import KernelRequest, LookupRequest
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
@@ -48,10 +48,11 @@ class HeadGroup:
         total = stored_bytes(*self._format(site), context_tokens, self._ring(context_tokens), self.policy.rollback_tokens)
         total += self._chosen_bytes(site, context_tokens)
         if found is not None:
-            total += heads * sample_bytes(site.queries_per_kv, site.head_dim, context_tokens)
+            training = training_queries(found.index, dict(found.options)) if isinstance(found, TopK) else 0
+            total += heads * sample_bytes(site.queries_per_kv, site.head_dim, context_tokens, training)
         if isinstance(found, TopK) and (indexed := self._indexed_tokens(context_tokens)):
             held = self._index_bytes(site, found).held
-            fixed = index_facts(found.index).fixed_bytes(site.head_dim, site.value_dim, dict(found.options))
+            fixed = group_facts(found.index, site.queries_per_kv).fixed_bytes(site.head_dim, site.value_dim, dict(found.options))
             total += heads * (fixed + round(indexed * held))
         return total
 
@@ -97,7 +98,8 @@ class HeadGroup:
 
     def _index_bytes(self, site: AttentionSite, zone: TopK) -> IndexBytes:
         itemsize = ITEMSIZE[self.policy.store.dtype or site.dtype]
-        return index_facts(zone.index).bytes_per_token(site.head_dim, site.value_dim, itemsize, dict(zone.options))
+        facts = group_facts(zone.index, site.queries_per_kv)
+        return facts.bytes_per_token(site.head_dim, site.value_dim, itemsize, dict(zone.options))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from kvcompile.runtime.spans import Span
 
 @dataclass(frozen=True)
 class RecentQueries:
-    """The last queries, thinned out: query_HCD float32, scaled, in the order of position_C (int64); C may be 0."""
+    """Some queries, thinned out, the last ones or others: query_HCD float32, scaled, in the order of position_C (int64); C may be 0.
+    Those of one query head stand behind those of another."""
 
     query_HCD: Tensor
     position_C: Tensor
@@ -50,7 +51,7 @@ class Prompt:
     """What an index may learn from: the keys and values that it covers, and the queries that were asked before it was made.
 
     key_HTD, value_HTE: any dtype.  gram_HDD: float32, sum of q q^T over `queries` queries of each KV head; zeros and 0 of none.
-    recent: the last queries.
+    recent: the last queries.  training: queries over all positions, for a kind that asks for them (ir/indexes.py: LearningFacts).
     k: how many keys a query will choose.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap).
     """
@@ -63,6 +64,7 @@ class Prompt:
     queries_per_kv: int
     k: int
     soft_cap: float | None = None
+    training: RecentQueries | None = None
 
 
 Keys: TypeAlias = Callable[[int, int], Sequence[Span]]  # the session's keys and values at positions [from, to)
