@@ -17,6 +17,7 @@ from kvcompile.runtime.indexes.roargraph import RoarGraphIndex
 from kvcompile.runtime.lookup import LookupStore
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.runtime.native import Column, attend_native
+from kvcompile.runtime.query_sample import MOMENT_STRIDE
 from kvcompile.runtime.static import StaticStore
 
 VOCABULARY = 256
@@ -222,20 +223,21 @@ def test_a_failed_call_leaves_the_session_as_it_was(monkeypatch, kernels):
     tokens = ids(PROMPT + 40)
     session = model.session()
     session.prefill(tokens[:PROMPT])
-    steps(session, tokens[PROMPT : PROMPT + 5])
-    expected = steps(session.fork(), tokens[PROMPT + 5 :])
+    steps(session, tokens[PROMPT : PROMPT + 4])
+    expected = steps(session.fork(), tokens[PROMPT + 4 :])
 
     def fail(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
+    assert (PROMPT + 4) % MOMENT_STRIDE == 0  # a position whose query is observed
     with monkeypatch.context() as patch:
         patch.setattr(LookupStore, "observe", fail)
         with pytest.raises(KeyboardInterrupt):
             session.step(3)
         with pytest.raises(KeyboardInterrupt):
             session.prefill(tokens[:30])
-    assert len(session) == PROMPT + 5
-    assert torch.equal(steps(session, tokens[PROMPT + 5 :]), expected)
+    assert len(session) == PROMPT + 4
+    assert torch.equal(steps(session, tokens[PROMPT + 4 :]), expected)
 
 
 @pytest.mark.parametrize("zone", ["sketch", "roargraph", "static"])
