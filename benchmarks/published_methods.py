@@ -4,14 +4,16 @@ Letters as in retrieval_methods.py; R candidates.
 
 Each query head chooses for itself, but for RetroInfer's clusters, which a group chooses together.  What an index compares and does not find
 counts as read too: keys of ivf's lists, and keys that a search of hnsw's graph visits (its walk is repeated here, on the graph that the
-library made, because the library does not tell).
+library made, because the library does not tell), or one of roargraph's.  A key that the walks of several query heads read counts as often.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,21 +21,24 @@ import torch
 from retrieval_methods import POSITION_BYTES, Answer, Past, Search, rows_read
 from torch import Tensor
 
+from kvcompile.codegen.toolchain import find_toolchain, machine_isa
 from kvcompile.ir.policy import Select
+from kvcompile.link import build_graphs
 from kvcompile.runtime.indexes.hnsw import HnswIndex
 from kvcompile.runtime.indexes.index import KeyIndex, Prompt
 from kvcompile.runtime.indexes.ivf import IvfIndex
 from kvcompile.runtime.indexes.registry import index_kind
+from kvcompile.runtime.indexes.roargraph import RoarGraphIndex
 from kvcompile.runtime.merge import AttentionState
 from kvcompile.runtime.spans import Span
 
 KEY_BYTES = 2  # a number of a key
 PAGES, CUBOIDS, REPRESENTATIVES, MEANS = "min-max pages", "cuboid pages of 32", "representatives of 128", "mean pages of 8"
-RETROINFER, IVF, HNSW = "retroinfer", "ivf, 32 of 512 lists", "hnsw, m 16, ef 200"
+RETROINFER, IVF, HNSW, ROARGRAPH = "retroinfer", "ivf, 32 of 512 lists", "hnsw, m 16, ef 200", "roargraph"
 
 
 def published(past: Past) -> dict[str, Search]:
-    """Every kind, with the options that its system is published with; hnsw where the library is installed."""
+    """Every kind, with the options that its system is published with; hnsw with the library, roargraph with a compiler."""
     found = {
         PAGES: whole(past, "minmax", {"page_tokens": 16}),
         CUBOIDS: whole(past, "cuboid", {"page_tokens": 32}),
@@ -42,13 +47,24 @@ def published(past: Past) -> dict[str, Search]:
         RETROINFER: whole(past, "clusters", {}, "sum", POSITION_BYTES),
         IVF: ivf(past),
     }
-    return found | {HNSW: hnsw(past)} if importlib.util.find_spec("hnswlib") else found
+    found |= {HNSW: hnsw(past)} if importlib.util.find_spec("hnswlib") else {}
+    return found | ({ROARGRAPH: roargraph(past)} if graphs_are_built() else {})
+
+
+@functools.cache
+def graphs_are_built() -> bool:
+    """Whether the library of graphs is loaded now: it is where there is a compiler."""
+    toolchain = find_toolchain()
+    if toolchain is not None:
+        build_graphs(machine_isa(), toolchain)
+    return toolchain is not None
 
 
 def make(past: Past, name: str, options: Mapping[str, Any]) -> KeyIndex:
     sample = past.sample
     keys, values = past.key_TD[None].bfloat16(), past.value_TE[None].bfloat16()
-    prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), past.queries_per_kv, len(keys[0]) // 100)
+    k, training = len(keys[0]) // 100, sample.training()
+    prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), past.queries_per_kv, k, None, training)
     return index_kind(name).build(past.first, prompt, options)
 
 
@@ -94,6 +110,21 @@ def hnsw(past: Past) -> Search:
             expanded_GQT[head, query, expanded] = True
         links = (2 * 16 + 1) * 4 * rows_read(expanded_GQT)
         return Answer(read_GQT, links + _key_bytes(past) * (rows_read(visited_GQT) - rows_read(read_GQT)))
+
+    return search
+
+
+def roargraph(past: Past) -> Search:
+    index = make(past, "roargraph", {})
+    assert isinstance(index, RoarGraphIndex)
+    row_bytes = 4 * index.graphs.rows_THUS.shape[3]
+
+    def search(query_GQD: Tensor, k: int) -> Answer:
+        before = replace(index.walked)
+        read_GQT, _ = _each_query(past, index, query_GQD, k, "per_query_head")
+        keys, hops = index.walked.keys - before.keys, index.walked.hops - before.hops
+        walked = row_bytes * hops + _key_bytes(past) * (keys - int(read_GQT.sum()))
+        return Answer(read_GQT, walked / query_GQD.shape[1])
 
     return search
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from curves import Curve, Look, Point, error_at, picture, size_at
 from harness import RESULTS, machine
-from published_methods import CUBOIDS, HNSW, IVF, PAGES, REPRESENTATIVES, RETROINFER, published
+from published_methods import CUBOIDS, HNSW, IVF, PAGES, REPRESENTATIVES, RETROINFER, ROARGRAPH, published
 from real_keys import SOURCES, Site, Source, sites
 from retrieval_methods import (
     CLUSTERS_TAIL,
@@ -42,6 +42,7 @@ from retrieval_methods import (
 )
 from torch import Tensor
 
+from kvcompile.ir.graph_facts import ROARGRAPH as ROARGRAPH_FACTS
 from kvcompile.runtime.merge import AttentionState, merge_states
 from kvcompile.runtime.query_sample import QuerySample
 
@@ -66,6 +67,7 @@ LOOKS = {
     RETROINFER: Look("#2f81f7", 1.2, "4 2"),
     IVF: Look("#1b7c83"),
     HNSW: Look("#1b7c83", 1.2, "4 2"),
+    ROARGRAPH: Look("#1b7c83", 1.2, "1 3"),
 }
 
 
@@ -83,7 +85,7 @@ def measure(site: Site, query_head: int, view: str) -> dict[str, list[tuple[floa
     last = SINK_TOKENS + whole_blocks(end - RECENT_TOKENS - SINK_TOKENS)
     key_TD, value_TE = site.key_HTD[head, :end].float(), site.value_HTE[head, :end].float()
     query_GTD = site.query_QTD[head * group : (head + 1) * group].float() * site.scale
-    sample = QuerySample(1, key_TD.shape[1])
+    sample = QuerySample(1, key_TD.shape[1], ROARGRAPH_FACTS.training_queries({}) // group)
     sample.add(query_GTD[None, :, :end], 0, 1.0)
     past = Past(key_TD[SINK_TOKENS:last], value_TE[SINK_TOKENS:last], SINK_TOKENS, sample, group)
     position_Q = end + torch.randperm(tokens - end, generator=torch.Generator().manual_seed(0))[:QUERIES]
