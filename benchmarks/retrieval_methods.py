@@ -103,7 +103,7 @@ def make_sketch(past: Past, units: int, scanned: float = SCANNED) -> SketchIndex
         past.queries_per_kv,
         len(past.key_TD) // 100,
     )
-    return build_sketch(past.first, prompt, units, SketchFacts().run_units(past.key_TD.shape[1]), scanned)
+    return build_sketch(past.first, prompt, units, SketchFacts().run_units(past.key_TD.shape[1], {"bytes_per_key": 4 * units}), scanned)
 
 
 def clusters(past: Past, tokens_per_cluster: int, tail: bool) -> Search:

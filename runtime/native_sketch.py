@@ -38,7 +38,7 @@ class RunSums(NamedTuple):
 
 class GapSums(NamedTuple):
     """Log-sums over keys that are looked at and not read, read, not looked at, and the lowest that are looked at, of true logits and of
-    guesses; and the standard deviation of the guesses' errors.  All [H, C]."""
+    guesses; and the standard deviation of the errors of all guesses, of keys that a query does not see too.  All [H, C]."""
 
     left_true: Tensor
     left_guess: Tensor

@@ -55,6 +55,8 @@ SITES = {
     "wide": Site(128, 64, 8, "bfloat16", "bfloat16", 4),
     "widest": Site(256, 256, 4, "float32", "bfloat16", 8, kv_heads=1),
     "many": Site(32, 32, 19, "float32", "float32", 5, kv_heads=1),
+    "narrow": Site(96, 96, 2, "float32", "float32", 1),
+    "coarse": Site(160, 32, 2, "float32", "float32", 2),
     "all": Site(64, 64, 3, "float32", "float32", 2, scanned=1.0),
 }
 
@@ -98,7 +100,7 @@ class Reader:
         prompt = Prompt(
             self.key_HTD[:, FIRST:made], self.value_HTE[:, FIRST:made], gram_HDD, 50, recent, site.queries_per_kv, K, site.soft_cap
         )
-        self.index = build_sketch(FIRST, prompt, site.units, SKETCH.run_units(dim), site.scanned)
+        self.index = build_sketch(FIRST, prompt, site.units, SKETCH.run_units(dim, {"bytes_per_key": 4 * site.units}), site.scanned)
         if added:
             self.index.add(self.key_HTD[:, made : FIRST + tokens], self.value_HTE[:, made : FIRST + tokens])
 

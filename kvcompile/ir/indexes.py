@@ -93,21 +93,22 @@ class SketchFacts:
         """Units of UNIT_BYTES of one key."""
         return int(options["bytes_per_key"]) // UNIT_BYTES if "bytes_per_key" in options else default_units(head_dim)
 
-    def run_units(self, head_dim: int) -> int:
-        """Units of the centre of a run: head_dim / 4 coordinates of 4 bits."""
-        return max(1, round(head_dim / 32))
+    def run_units(self, head_dim: int, options: Mapping[str, Any]) -> int:
+        """Units of the centre of a run: head_dim / 4 coordinates of 4 bits, if a key has so many coordinates."""
+        return min(max(1, round(head_dim / 32)), 2 * self.units(head_dim, options))
 
     def scanned(self, options: Mapping[str, Any]) -> float:
-        """The share of runs whose keys are looked at; more where a query chooses more than half of their keys."""
+        """The share of runs whose keys are looked at; more, which bytes do not count, where a query chooses more than half of their keys."""
         return float(options.get("scanned", SCANNED))
 
     def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
         codes, means = self.units(head_dim, options) * UNIT_BYTES, (value_dim + 4) / BLOCK_TOKENS
-        centres = (self.run_units(head_dim) * UNIT_BYTES + 4) / BLOCK_TOKENS
+        centres = (self.run_units(head_dim, options) * UNIT_BYTES + 4) / BLOCK_TOKENS
         together = means / RUNS_TOGETHER
         share = self.scanned(options)
         held = codes + 4 + means + centres + together
-        return IndexBytes(held, share * codes + centres, share * means + together, self._search_bytes(head_dim, options))
+        ranked = (centres, together) if share < 1 else (0.0, 0.0)  # what is read to choose runs, and to estimate the others
+        return IndexBytes(held, share * codes + ranked[0], share * means + ranked[1], self._search_bytes(head_dim, options))
 
     def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
         coordinates = self._coordinates(head_dim, options)
@@ -121,7 +122,7 @@ class SketchFacts:
     def _search_bytes(self, head_dim: int, options: Mapping[str, Any]) -> int:
         """Centre and map of queries, the steps of slots, and gaps."""
         pairs = -(-head_dim // 2)
-        slots = 16 * (self.units(head_dim, options) + self.run_units(head_dim))
+        slots = 16 * (self.units(head_dim, options) + self.run_units(head_dim, options))
         return 4 * head_dim + 4 * pairs * self._coordinates(head_dim, options) + 4 * slots + 40
 
 

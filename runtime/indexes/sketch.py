@@ -328,7 +328,7 @@ class Sketch(SketchFacts):
 
     def build(self, first: int, prompt: Prompt, options: Mapping[str, Any]) -> SketchIndex:
         head_dim = prompt.key_HTD.shape[2]
-        return build_sketch(first, prompt, self.units(head_dim, options), self.run_units(head_dim), self.scanned(options))
+        return build_sketch(first, prompt, self.units(head_dim, options), self.run_units(head_dim, options), self.scanned(options))
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> SketchIndex:
         return restore_sketch(tensors, numbers)

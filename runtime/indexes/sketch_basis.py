@@ -100,7 +100,7 @@ def fit_basis(first: int, key_HTD: Tensor, value_HTE: Tensor, prompt: Prompt, un
     fine_H = torch.tensor(fine, dtype=torch.int64)
 
     used = max(FINE_COORDINATES * each + SLOTS * (units - each) for each in fine)
-    used = min(head_dim, max(used, FINE_COORDINATES * run_units))
+    used = min(head_dim, SLOTS * units, max(used, FINE_COORDINATES * run_units))
     padding = (0, -used % SLOTS)
     sample_HTC, key_HDC, query_HDC = sample_HTC[..., :used], key_HDC[..., :used], query_HDC[..., :used]
     step_HS = _in_slots(kinds, fine_H, units, used)

@@ -99,7 +99,7 @@ def measure(
     run_HCR = (run_score_HCR + run_bias_HR[:, None])[:, :, ::stride]
     place_HX = place_HT.unflatten(1, (-1, BLOCK_TOKENS))[:, ::stride].flatten(1)
     some = run_HCR.shape[2]
-    k = min(max(1, round(chosen * some * BLOCK_TOKENS)), some * BLOCK_TOKENS)
+    k = min(max(1, round(chosen * some * BLOCK_TOKENS)), some * BLOCK_TOKENS // 2)  # something is left to measure
     near = near_runs(some, scanned, k)
     gap_sums = native_sketch.gap_sums if native_sketch.ready() else gap_sums_of
     gaps = gap_sums(sums.kept_HCX, scores(stride), run_HCR, place_HX, last_C, near, low_runs(near), k)

@@ -148,7 +148,7 @@ def test_flat_finds_the_best_keys():
 
 def sketch(given: Past, first: int, end: int, **other: float) -> SketchIndex:
     prompt, dim = given.prompt(first, end), given.key_HTD.shape[2]
-    return build_sketch(first, prompt, SKETCH.units(dim, other), SKETCH.run_units(dim), SKETCH.scanned(other))
+    return build_sketch(first, prompt, SKETCH.units(dim, other), SKETCH.run_units(dim, other), SKETCH.scanned(other))
 
 
 @pytest.mark.parametrize(("scanned", "least"), [(0.25, 0.75), (1.0, 0.9)])

@@ -184,7 +184,10 @@ def test_threads_change_no_bit(tokens: int) -> None:
 
     def everything() -> list[Tensor]:
         made = [native_sketch.order(points_HTP), *native_sketch.rows(points_HTP, points_HTP, order_HT, torch.ones(3, 32), fine_H)]
-        made += [native_sketch.levels(made[1], fine_H), native_sketch.step_errors(points_HTP, points_HTP[..., 0].contiguous(), steps_FHC, 4)]
+        made += [
+            native_sketch.levels(made[1], fine_H),
+            native_sketch.step_errors(points_HTP, points_HTP[..., 0].contiguous(), steps_FHC, 4),
+        ]
         made += native_sketch.runs(logit_HCT, order_HT, last_C, 2)
         return [*made, *native_sketch.gap_sums(logit_HCT, 0.9 * logit_HCT, run_HCR, order_HT, last_C, 2, 1, 9)]
 
