@@ -98,7 +98,7 @@ class SketchFacts:
         return min(max(1, round(head_dim / 32)), 2 * self.units(head_dim, options))
 
     def scanned(self, options: Mapping[str, Any]) -> float:
-        """The share of runs whose keys are looked at; more, which bytes do not count, where a query chooses more than half of their keys."""
+        """The share of runs whose keys are looked at; more, which is not counted, where a query chooses over half of their keys."""
         return float(options.get("scanned", SCANNED))
 
     def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
