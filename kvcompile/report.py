@@ -140,7 +140,17 @@ def plan_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
         remarks.append(f"{made_for}; bytes at {', '.join(beyond)} are computed all the same" if beyond else made_for)
     if plan.position_rows is not None:
         remarks.append(f"the model has learnt positions for {plan.position_rows} tokens: no session can be longer")
+    remarks += _build_remarks(plan, contexts)
     return [*remarks, *_convolution_remarks(plan), *(f"note: {note}" for note in plan.notes)]
+
+
+def _build_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
+    """Where the indexes take longer to make than the prompt takes to read."""
+    longer = [(context, share) for context in contexts if (share := plan.build_share(context)) > 1]
+    if not longer:
+        return []
+    told = ", ".join(f"{share:.1f} times at {format_tokens(context)}" for context, share in longer)
+    return [f"the first generated token makes the indexes, which takes longer than reading the prompt: on a CPU about {told}"]
 
 
 def _convolution_remarks(plan: Plan) -> list[str]:

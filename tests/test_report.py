@@ -9,7 +9,7 @@ import pytest
 
 from kvcompile.ir.errors import KvcompileError
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
-from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store
+from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store, TopK
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.report import fold_sites, format_bytes, format_tokens, plan_dict, plan_remarks, plan_text, write_report
 
@@ -85,6 +85,17 @@ def test_remarks_tell_which_contexts_lie_beyond_the_model() -> None:
         "note: a note",
     ]
     assert plan_remarks(plan(), [4096])[1] == "the model was made for 8K tokens"
+
+
+@pytest.mark.parametrize(
+    ("index", "longer"), [("roargraph", ["4.4 times at 8K", "1.8 times at 32K"]), ("hnsw", ["1.7 times at 8K"]), ("sketch", [])]
+)
+def test_remarks_tell_of_indexes_that_take_longer_than_the_prompt(index: str, longer: list[str]) -> None:
+    policy = HeadPolicy("lookup", (SinkRecent(64, 256), TopK(100, index)))
+    looked_up = Plan(tuple(site(n, HeadGroup((0, 1, 2), policy)) for n in range(30)), weight_bytes=2 * 134_515_008)
+    told = [remark for remark in plan_remarks(looked_up, [256, 8192, 32768, 131072]) if "longer than reading" in remark]
+    assert len(told) == bool(longer)
+    assert all(each in told[0] for each in longer) and "256" not in "".join(told) and "128K" not in "".join(told)
 
 
 def test_the_json_of_a_plan_names_every_head() -> None:

@@ -82,6 +82,10 @@ class RoarGraphFacts:
         held = 4.0 * self.graphs(options) * (self.slots(options) + 1)
         return IndexBytes(held, GRAPH_SCANNED * self.queries_per_kv * head_dim * itemsize, 0.0)
 
+    def build_work(self, head_dim: int, options: Mapping[str, Any]) -> float:
+        """With the usual options, at 4K to 32K tokens (docs/graphs.md)."""
+        return (4.5e6 + 1.5e5 * head_dim) * self.graphs(options)
+
     def fixed_bytes(self, head_dim: int, value_dim: int, options: Mapping[str, Any]) -> int:
         return 4 * (GRAPH_ENTRIES + head_dim * (head_dim + 1)) * self.graphs(options)
 

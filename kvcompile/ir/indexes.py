@@ -151,6 +151,15 @@ class GroupFacts(Protocol):
     def for_group(self, queries_per_kv: int) -> IndexFacts: ...
 
 
+@runtime_checkable
+class SlowFacts(Protocol):
+    """Of an index that may take longer to make than the prompt takes to read."""
+
+    def build_work(self, head_dim: int, options: Mapping[str, Any]) -> float:
+        """How many multiply-adds a prompt does in the time in which one key of a KV head joins, as measured."""
+        ...
+
+
 def sample_bytes(queries_per_kv: int, head_dim: int, context_tokens: int, training_queries: int = 0) -> int:
     """Bytes a KV head of what a session remembers of its queries (runtime/query_sample.py)."""
     recent = min(-(-context_tokens // RECENT_STRIDE), RECENT_POSITIONS)
@@ -192,6 +201,12 @@ def group_facts(name: str, queries_per_kv: int) -> IndexFacts:
     """The facts of an index, with the bytes of KV heads that so many query heads share each."""
     facts = index_facts(name)
     return facts.for_group(queries_per_kv) if isinstance(facts, GroupFacts) else facts
+
+
+def build_work(name: str, queries_per_kv: int, head_dim: int, options: Mapping[str, Any]) -> float:
+    """Of one key of a KV head, in multiply-adds of a prompt; 0 for an index that is quick to make."""
+    facts = group_facts(name, queries_per_kv)
+    return facts.build_work(head_dim, options) if isinstance(facts, SlowFacts) else 0.0
 
 
 def index_facts(name: str) -> IndexFacts:

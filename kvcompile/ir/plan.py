@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvcompile.ir.indexes import BLOCK_TOKENS, IndexBytes, group_facts, indexed_tokens, sample_bytes, training_queries
+from kvcompile.ir.indexes import BLOCK_TOKENS, IndexBytes, build_work, group_facts, indexed_tokens, sample_bytes, training_queries
 from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, SinkRecent, Static, Store, TopK
 from kvcompile.ir.request import KernelRequest, LookupRequest
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
@@ -96,6 +96,14 @@ class HeadGroup:
         assert window is not None
         return indexed_tokens(window.window_tokens + self.policy.rollback_tokens, context_tokens)
 
+    def build_work(self, site: AttentionSite, context_tokens: int) -> float:
+        """Of the group's index, in multiply-adds of a prompt of so many tokens."""
+        found = self.policy.found
+        if not isinstance(found, TopK):
+            return 0.0
+        of_key = build_work(found.index, site.queries_per_kv, site.head_dim, dict(found.options))
+        return len(self.kv_heads) * self._indexed_tokens(context_tokens) * of_key
+
     def _index_bytes(self, site: AttentionSite, zone: TopK) -> IndexBytes:
         itemsize = ITEMSIZE[self.policy.store.dtype or site.dtype]
         facts = group_facts(zone.index, site.queries_per_kv)
@@ -177,6 +185,18 @@ class Plan:
     def read_bytes(self, context_tokens: int) -> int:
         convolutions = sum(each.read_bytes(context_tokens) for each in self.convolutions)
         return sum(site.read_bytes(context_tokens) for site in self.sites) + convolutions
+
+    def build_share(self, context_tokens: int) -> float:
+        """About how long the indexes of a prompt of so many tokens take to make, in times of reading it: each weight meets each token, and
+        each query the keys before it."""
+        if not self.sites:
+            return 0.0
+        weights = self.weight_bytes / ITEMSIZE[self.sites[0].site.dtype]
+        met = 0.0
+        for site in (each.site for each in self.sites):
+            met += site.query_heads * (site.head_dim + site.value_dim) * min(context_tokens / 2, site.own_window or context_tokens)
+        built = sum(group.build_work(each.site, context_tokens) for each in self.sites for group in each.groups)
+        return built / (context_tokens * (weights + met))
 
     def full_bytes(self, context_tokens: int) -> int:
         convolutions = sum(replace(each, rollback_tokens=0).stored_bytes(context_tokens) for each in self.convolutions)
