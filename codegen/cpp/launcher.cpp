@@ -3,6 +3,7 @@
 //   kvc_native::load(...)        makes the kernels of a shared object known by their content hash
 //   kvc_native::attend(...)      appends new tokens to the stores of one site and attends over them, for all sessions of a call
 //   kvc_native::lookup(...)      the same for one token over keys that a sketch finds (lookup_operator.cpp)
+//   kvc_native::sketch_*(...)    the parts of making a sketch (sketch_build.cpp)
 //   kvc_native::linears(...)     linear layers of one input; few tokens go to a generated kernel, many to torch
 //
 // Kernels run on torch's own threads.  Which thread does what never changes a result: a chunk of keys has one state, and the

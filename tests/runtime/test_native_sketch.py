@@ -58,7 +58,8 @@ def points(heads: int, tokens: int, dims: int) -> Tensor:
 def looseness(points_HTP: Tensor, order_HT: Tensor) -> Tensor:
     """The mean squared distance of points from the middle of their run, [H]."""
     run_HRTP = points_HTP.gather(1, order_HT.long()[..., None].expand_as(points_HTP)).unflatten(1, (-1, BLOCK_TOKENS))
-    return (run_HRTP - run_HRTP.mean(2, keepdim=True)).square().sum(3).mean((1, 2))
+    loose_H: Tensor = (run_HRTP - run_HRTP.mean(2, keepdim=True)).square().sum(3).mean((1, 2))
+    return loose_H
 
 
 def orders(heads: int, tokens: int, seed: int = 0) -> Tensor:
@@ -133,7 +134,7 @@ def test_sums_for_gaps_are_those_of_torch(near: int, low: int, k: int) -> None:
     run_HCR[:, 0, ::2] = -torch.inf
     made, right = (each(true_HCX, guess_HCX, run_HCR, place_HX, last_C, near, low, k) for each in (native_sketch.gap_sums, gap_sums_of))
     for name, made_HC, right_HC in zip(made._fields, made, right, strict=True):
-        torch.testing.assert_close(made_HC, right_HC, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(made_HC, right_HC, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_of_equal_guesses_as_many_are_read() -> None:
@@ -179,15 +180,13 @@ def test_a_sketch_is_nearly_that_of_torch(tokens: int, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("tokens", [64, 9216])
 def test_threads_change_no_bit(tokens: int) -> None:
     points_HTP, order_HT, fine_H = points(3, tokens, 24), orders(3, tokens), torch.tensor([0, 1, 2])
+    weight_HT = random(3, tokens).abs()
     logit_HCT, last_C, run_HCR = random(3, 9, tokens), torch.linspace(0, tokens, 9).long(), random(3, 9, tokens // BLOCK_TOKENS)
     steps_FHC = 0.1 + random(3, 3, 24).abs()
 
     def everything() -> list[Tensor]:
         made = [native_sketch.order(points_HTP), *native_sketch.rows(points_HTP, points_HTP, order_HT, torch.ones(3, 32), fine_H)]
-        made += [
-            native_sketch.levels(made[1], fine_H),
-            native_sketch.step_errors(points_HTP, points_HTP[..., 0].contiguous(), steps_FHC, 4),
-        ]
+        made += [native_sketch.levels(made[1], fine_H), native_sketch.step_errors(points_HTP, weight_HT, steps_FHC, 4)]
         made += native_sketch.runs(logit_HCT, order_HT, last_C, 2)
         return [*made, *native_sketch.gap_sums(logit_HCT, 0.9 * logit_HCT, run_HCR, order_HT, last_C, 2, 1, 9)]
 
@@ -217,5 +216,6 @@ def test_wrong_tensors_are_refused() -> None:
     order_HT[0, 5] = 32
     with pytest.raises(RuntimeError, match="keys that are not there"):
         native_sketch.rows(torch.zeros(1, 32, 16), torch.zeros(1, 32, 8), order_HT, torch.ones(1, 16), torch.tensor([0]))
+    flat = torch.zeros(1, 1, 32)
     with pytest.raises(RuntimeError, match="no such choice"):
-        native_sketch.gap_sums(*[torch.zeros(1, 1, 32)] * 2, torch.zeros(1, 1, 1), orders(1, 32), torch.tensor([0]), 1, 1, 33)
+        native_sketch.gap_sums(flat, flat, flat[..., :1], orders(1, 32), torch.tensor([0]), 1, 1, 33)
