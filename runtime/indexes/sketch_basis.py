@@ -18,7 +18,7 @@ from kvcompile.runtime.indexes.sketch_codes import FINE_COORDINATES, SLOTS, fine
 WEIGHT_RANGE = (0.01, 100.0)  # of a key's errors against another's
 VALUE_WEIGHT = 0.6  # of values against coordinates when keys are ordered; both have unit mean square
 WEIGHING_QUERIES = 64  # of a KV head, that keys are weighed with
-_SAMPLE = 2048  # keys that steps are chosen on
+_SAMPLE = 4096  # keys that steps are chosen on
 _RIDGE = 1e-4  # of the queries' mean square: directions that no query has looked along
 
 
