@@ -37,8 +37,9 @@ PAGES, CUBOIDS, REPRESENTATIVES, MEANS = "min-max pages", "cuboid pages of 32", 
 RETROINFER, IVF, HNSW, ROARGRAPH = "retroinfer", "ivf, 32 of 512 lists", "hnsw, m 16, ef 200", "roargraph"
 
 
-def published(past: Past) -> dict[str, Search]:
-    """Every kind, with the options that its system is published with; hnsw with the library, roargraph with a compiler."""
+def published(past: Past, graphs: bool) -> dict[str, Search]:
+    """Every kind, with the options that its system is published with; of graphs, if they are wanted, hnsw with the library and roargraph
+    with a compiler."""
     found = {
         PAGES: whole(past, "minmax", {"page_tokens": 16}),
         CUBOIDS: whole(past, "cuboid", {"page_tokens": 32}),
@@ -47,8 +48,8 @@ def published(past: Past) -> dict[str, Search]:
         RETROINFER: whole(past, "clusters", {}, "sum", POSITION_BYTES),
         IVF: ivf(past),
     }
-    found |= {HNSW: hnsw(past)} if importlib.util.find_spec("hnswlib") else {}
-    return found | ({ROARGRAPH: roargraph(past)} if graphs_are_built() else {})
+    found |= {HNSW: hnsw(past)} if graphs and importlib.util.find_spec("hnswlib") else {}
+    return found | ({ROARGRAPH: roargraph(past)} if graphs and graphs_are_built() else {})
 
 
 @functools.cache

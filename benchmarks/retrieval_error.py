@@ -42,7 +42,10 @@ from retrieval_methods import (
 )
 from torch import Tensor
 
+from kvcompile.codegen.toolchain import find_toolchain, machine_isa
 from kvcompile.ir.graph_facts import ROARGRAPH as ROARGRAPH_FACTS
+from kvcompile.ir.request import LookupRequest
+from kvcompile.link import build_kernels
 from kvcompile.runtime.merge import AttentionState, merge_states
 from kvcompile.runtime.query_sample import QuerySample
 
@@ -77,7 +80,7 @@ def attention(logit_GQT: Tensor, value_TE: Tensor, read_GQT: Tensor) -> Attentio
     return AttentionState(torch.softmax(logit_GQT, 2) @ value_TE, logit_GQT.logsumexp(2))
 
 
-def measure(site: Site, query_head: int, view: str) -> dict[str, list[tuple[float, float]]]:
+def measure(site: Site, query_head: int, view: str, graphs: bool) -> dict[str, list[tuple[float, float]]]:
     """(bytes in %, error) of every method at every share."""
     group = len(site.query_QTD) // len(site.key_HTD)
     head, tokens = query_head // group, site.key_HTD.shape[1]
@@ -107,15 +110,15 @@ def measure(site: Site, query_head: int, view: str) -> dict[str, list[tuple[floa
         error = ((state.out - true_GQE).norm(dim=2) / true_GQE.norm(dim=2)).mean()
         return 100 * (rows_read(read_GQT) * row_bytes + answer.scanned) / (end * row_bytes), float(error)
 
-    methods = searches(past, view == TOGETHER) | published(past)
+    methods = searches(past, view == TOGETHER) | published(past, graphs)
     return {name: [point(search, share) for share in SHARES] for name, search in methods.items()}
 
 
-def curves_of(source: Source, captured: Mapping[int, Site], view: str) -> dict[str, list[Point]]:
+def curves_of(source: Source, captured: Mapping[int, Site], view: str, graphs: bool) -> dict[str, list[Point]]:
     """Bytes are the mean over heads too."""
     heads = []
     for layer, query_head in source.heads:
-        heads.append(measure(captured[layer], query_head, view))
+        heads.append(measure(captured[layer], query_head, view, graphs))
         print(f"{source.name}: {view}: {layer}.{query_head}", flush=True)
     return {
         name: [
@@ -214,18 +217,28 @@ def _file(source: Source) -> Path:
 
 
 @torch.no_grad()
+def load_operators() -> None:
+    """Sketches are made, and their codes read, by the operators of the launcher, as in a session; by torch without a compiler."""
+    compiler = find_toolchain()
+    if compiler is not None:
+        any_kernel = LookupRequest("lookup", "cpu", 64, 64, 1, "float32", "float32", 1.0, None)  # the launcher comes with it
+        build_kernels([any_kernel], machine_isa(), compiler)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [source.name for source in SOURCES]
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--keep", type=Path, help="a folder where the models' queries, keys and values stay for the next run")
+    parser.add_argument("--no-graphs", action="store_true", help="leave out hnsw and roargraph, which take most of the time")
     options = parser.parse_args()
+    load_operators()
     every_claim: list[tuple[str, bool]] = []
     for source in SOURCES:
         if source.name not in options.models:
             continue
         captured = sites(source, options.keep)
-        views = {view: curves_of(source, captured, view) for view in (ALONE, TOGETHER)}
+        views = {view: curves_of(source, captured, view, not options.no_graphs) for view in (ALONE, TOGETHER)}
         for view, curves in views.items():
             print("\n".join(tables(source, view, curves)))
         print()
