@@ -83,10 +83,13 @@ class SketchFacts:
         if type(size) is not int or size % UNIT_BYTES or not 0 < size <= MAX_UNITS * UNIT_BYTES:
             what = f"{size!r} is not allowed: a multiple of {UNIT_BYTES} from {UNIT_BYTES} to {MAX_UNITS * UNIT_BYTES}."
             faults.append(Fault("bytes_per_key", what, "Write for example bytes_per_key: 8."))
-        share = options.get("scanned", SCANNED)
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            what = f"{share!r} is not allowed: a share of the keys above 0, up to 1."
-            faults.append(Fault("scanned", what, f"Write for example scanned: {SCANNED}."))
+        try:
+            allowed = 0 < self.scanned(options) <= 1
+        except (TypeError, ValueError):
+            allowed = False
+        if not allowed:
+            what = f"{options['scanned']!r} is not allowed: a share of the keys above 0, up to 1 or 100%."
+            faults.append(Fault("scanned", what, "Write for example scanned: 25%."))
         return faults
 
     def units(self, head_dim: int, options: Mapping[str, Any]) -> int:
@@ -99,7 +102,10 @@ class SketchFacts:
 
     def scanned(self, options: Mapping[str, Any]) -> float:
         """The share of runs whose keys are looked at; more, which is not counted, where a query chooses over half of their keys."""
-        return float(options.get("scanned", SCANNED))
+        share = options.get("scanned", SCANNED)
+        if isinstance(share, bool):
+            raise TypeError("a share, not a truth")
+        return float(share[:-1]) / 100 if isinstance(share, str) and share.endswith("%") else float(share)
 
     def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int, options: Mapping[str, Any]) -> IndexBytes:
         codes, means = self.units(head_dim, options) * UNIT_BYTES, (value_dim + 4) / BLOCK_TOKENS

@@ -74,7 +74,7 @@ class TopK:
         return dict(self.options).get("page_tokens")
 
     def describe(self) -> str:
-        k = f"{self.k:.4g} of the tokens" if isinstance(self.k, float) else str(self.k)
+        k = f"{100 * self.k:.4g}% of the tokens" if isinstance(self.k, float) else str(self.k)
         if self.page_tokens is not None and isinstance(self.k, int):
             k = f"{self.k // self.page_tokens} pages of {self.page_tokens}"
         options = "".join(f" {name}={value}" for name, value in self.options if name != "page_tokens")

@@ -292,21 +292,23 @@ class _Reader:
             what = f"the index {name} does not estimate what it has not read."
             self._problem(f"{path}.tail", what, "Write tail: false, or index: sketch.")
         if form.select in ("sum", "max") and not facts.scores:
-            what = f"the index {name} does not guess every logit, which {form.select} adds up."
+            what = f"the index {name} does not guess every logit, which select: {form.select} needs."
             self._problem(f"{path}.select", what, "Write select: union.")
         return None if faults else TopK(k, name, tuple(sorted(options.items())), form.select, form.tail)
 
     def _k(self, path: str, form: TopKForm) -> int | float | None:
         """k as written, or None, which is then said."""
         if form.k is None or form.k <= 0 or form.k > (1.0 if isinstance(form.k, float) else MOST_TOKENS):
-            what = "is missing." if form.k is None else "finds no key." if form.k <= 0 else "is more than there can be."
+            most = f"100%, and {MOST_TOKENS} tokens"
+            what = "is missing." if form.k is None else "finds no key." if form.k <= 0 else f"is more than there can be ({most})."
             self._problem(f"{path}.k" if form.k is not None else path, f"k {what}", "Write a number of tokens or a percentage: k: 1%.")
             return None
         return form.k
 
     def _pages(self, path: str, name: str, options: Mapping[str, Any], form: TopKForm, finds_pages: bool) -> int | None:
         """The keys of `pages` pages, or None where pages are at fault, which is then said."""
-        mend = "Write for example pages: 64, page_tokens: 16, and no k."
+        pages, page_tokens = form.pages or 64, form.page_tokens or 16
+        mend = f"Write for example pages: {pages}, page_tokens: {page_tokens}, and no k."
         if not finds_pages:
             key = "pages" if form.pages is not None else "page_tokens"
             known = ", ".join(each for each in BUILT_IN_INDEXES if getattr(BUILT_IN_INDEXES[each], "pages", False))

@@ -328,7 +328,9 @@ def test_what_is_no_index_file_is_refused(tmp_path):
     for content, told in (
         (b"", "is no index file"),
         (whole[: len(whole) // 2], "is no index file"),
-        (whole.replace(b'format\\": 1', b'format\\": 7'), "format 7"),
+        (whole.replace(b'format\\": 2', b'format\\": 7'), "format 7"),
+        (whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], "checksum"),
+        (whole.replace(b'first\\": 0', b'first\\": 9'), "checksum"),
         (whole.replace(b'kind\\": \\"sketch', b'kind\\": \\"sketcj'), "sketcj"),
     ):
         assert content != whole

@@ -286,8 +286,8 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
         (f"{LOOKUP} index: flat}}}}]}}}}", "policies.a.zones[1].top_k: k is missing.\n  Write a number of tokens or a percentage: k: 1%."),
         (f"{LOOKUP} k: 0}}}}]}}}}", "policies.a.zones[1].top_k.k: k finds no key."),
         (f"{LOOKUP} k: 0%}}}}]}}}}", "policies.a.zones[1].top_k.k: k finds no key."),
-        (f"{LOOKUP} k: 101%}}}}]}}}}", "policies.a.zones[1].top_k.k: k is more than there can be."),
-        (f"{LOOKUP} k: {10**30}}}}}]}}}}", "policies.a.zones[1].top_k.k: k is more than there can be."),
+        (f"{LOOKUP} k: 101%}}}}]}}}}", "policies.a.zones[1].top_k.k: k is more than there can be (100%, and"),
+        (f"{LOOKUP} k: {10**30}}}}}]}}}}", "policies.a.zones[1].top_k.k: k is more than there can be (100%, and"),
         (
             "target: {device: cuda}\nheads: [{policy: lookup}]",
             "s.yaml:3: heads[0].policy: policy lookup on cuda is not built in kvcompile",
@@ -327,7 +327,7 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
         ),
         (
             f"{LOOKUP} pages: 4, k: 9, page_tokens: 16, index: minmax}}}}]}}}}",
-            "policies.a.zones[1].top_k.k: k counts keys, and the index minmax finds pages.\n  Write for example pages: 64, page_",
+            "policies.a.zones[1].top_k.k: k counts keys, and the index minmax finds pages.\n  Write for example pages: 4, page_",
         ),
         (f"{LOOKUP} k: 9, index: mean}}}}]}}}}", "policies.a.zones[1].top_k.k: k counts keys, and the index mean finds pages."),
         (f"{LOOKUP} pages: 4, index: mean}}}}]}}}}", "policies.a.zones[1].top_k: page_tokens is missing: how many tokens a page has."),
@@ -354,7 +354,7 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
         ),
         (
             f"{LOOKUP} pages: 4, page_tokens: 16, select: max, index: minmax}}}}]}}}}",
-            "policies.a.zones[1].top_k.select: the index minmax does not guess every logit, which max adds up.",
+            "policies.a.zones[1].top_k.select: the index minmax does not guess every logit, which select: max needs.",
         ),
         (
             f"{LOOKUP} k: 4, index: {{ivf: {{lists: 16, probe: 17}}}}}}}}]}}}}",
