@@ -554,7 +554,7 @@ class Builder {
     });
   }
 
-  // Who is led to leads back, as far as that is no worse than what it leads to already.
+  // Who is pointed to points back, as far as that is no worse than what it points to already.
   void lead_back() {
     std::vector<int64_t> begin(nodes + 1), at;
     for (int64_t node = 0; node < nodes; node++)
@@ -685,10 +685,10 @@ KVC_EXPORT int64_t kvc_graph_add(const KvcGraphs *graphs, const KvcGraphBuild *b
           [&](size_t place, int32_t other) { return nearness(kept[place], other, keys.row(other)); },
           [&](size_t place, int32_t other) { look(other, kept[place]); });
       graph.set(node, worker.pruner.chosen);
-      int64_t led = 0;
-      for (size_t i = 0; i < worker.pruner.sorted.size() && led < build->joined; i++)
-        led += graph.add(worker.pruner.sorted[i].node, node, graph.slots);
-      for (int64_t other = node - 1; !led; other--) led = graph.add(other, node, graph.slots);  // one has room: each brings some
+      int64_t linked = 0;
+      for (size_t i = 0; i < worker.pruner.sorted.size() && linked < build->joined; i++)
+        linked += graph.add(worker.pruner.sorted[i].node, node, graph.slots);
+      for (int64_t other = node - 1; !linked; other--) linked = graph.add(other, node, graph.slots);  // one has room: each brings some
     }
   });
   return 0;

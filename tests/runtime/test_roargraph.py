@@ -289,9 +289,9 @@ def test_queries_that_drift_are_noticed():
     behind = [RecentQueries(each[:, :, asked].flatten(1, 2), asked.repeat(GROUP)) for each in (given.query_HGTD, other.query_HGTD)]
     index = index_kind("roargraph").build(0, dataclasses.replace(prompt, recent=behind[0]), {"neighbours": 32, "ef": 100})
     assert isinstance(index, RoarGraphIndex) and index._recall is not None and index._recall > 0.9
-    assert index.recalibrate(behind[0], given.keys)
-    assert not index.recalibrate(behind[1], given.keys)
-    assert index.recalibrate(RecentQueries(behind[0].query_HCD[:, :0], asked[:0]), given.keys)
+    assert index.recalibrate(behind[0], given.keys, 20)
+    assert not index.recalibrate(behind[1], given.keys, 20)
+    assert index.recalibrate(RecentQueries(behind[0].query_HCD[:, :0], asked[:0]), given.keys, 20)
 
 
 # --- bytes and files -----------------------------------------------------------------------------------------------------------------
