@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -147,13 +148,18 @@ def tiny_config(model_type: str, layers: int) -> Any:
     return _config(model_type, _fields(real_config(model_type), layers))
 
 
+def _overrides(model_type: str) -> dict[str, Any]:
+    """The table's, copied: a configuration may write into what it is given (transformers 5.17 does)."""
+    return copy.deepcopy(OVERRIDES.get(model_type, ({}, ""))[0])
+
+
 def real_config(model_type: str) -> Any:
     """The class's default configuration, with what the table says of lists with an entry a layer, of parts, and in words."""
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
     fields: dict[str, Any] = {}
-    for name, value in OVERRIDES.get(model_type, ({}, ""))[0].items():
+    for name, value in _overrides(model_type).items():
         if isinstance(value, list):
             real_layers = _first(vars(config_class()), _LAYERS)
             listed = _is_list_of_layers(name, value, real_layers)
@@ -193,7 +199,7 @@ def _causal(config_class: Any) -> dict[str, Any]:
 def _overridden(model_type: str, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields with what the table says of them, but for its lists, which the real model's layers already follow."""
     given = dict(fields)
-    for name, value in OVERRIDES.get(model_type, ({}, ""))[0].items():
+    for name, value in _overrides(model_type).items():
         if isinstance(value, dict):
             given[name] = {**(given.get(name) or {}), **value}
         elif not isinstance(value, list):
