@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
-from kvcompile.runtime.address_space import PAGE_BYTES, release_tail, reserve
+from kvcompile.runtime.address_space import PAGE_BYTES, collapse, release_tail, reserve
 from kvcompile.runtime.descriptor import DescribedPart, Descriptor, PackedPart
 from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots, token_bytes, value_slots
 from kvcompile.runtime.spans import Span
@@ -156,6 +156,12 @@ class GrowableStore:
         child._parts = [part.lent() for part in self._parts]
         return child
 
+    def use_huge_pages(self) -> None:
+        """Puts the whole huge pages that this store's tokens fill into huge pages: for reads of rows wherever they lie."""
+        for part in self._parts:
+            if part.lease is None:
+                part.buffer.collapse()
+
     def nbytes(self) -> int:
         return self._token_bytes() * sum(part.tokens for part in self._parts if part.lease is None)
 
@@ -194,6 +200,7 @@ class _Buffer:
         key_row, value_row = (token_bytes(layout, dim, dtype) for dim in (head_dim, value_dim))
         key_bytes, value_bytes = _whole_pages(key_capacity(layout, capacity) * key_row), _whole_pages(capacity * value_row)
         region = reserve(kv_heads * (key_bytes + value_bytes))
+        self._region = region
         keys, values = region.split_with_sizes([kv_heads * key_bytes, kv_heads * value_bytes])
         self._heads = [*keys.view(kv_heads, -1).unbind(), *values.view(kv_heads, -1).unbind()]  # bytes of each head's keys, then values
         self._row_bytes = [key_row] * kv_heads + [value_row] * kv_heads
@@ -209,6 +216,14 @@ class _Buffer:
     def frozen(self) -> int:
         """Slots that a living fork reads."""
         return max((lease.tokens for lease in self.leases), default=0)
+
+    def collapse(self) -> None:
+        """Puts what is written into huge pages, where it fills them."""
+        if self.written == self.capacity:
+            collapse(self._region)
+            return
+        for head, row_bytes in zip(self._heads, self._row_bytes, strict=True):
+            collapse(head[: self.written * row_bytes])
 
     def release_from(self, slot: int) -> None:
         """Gives back the whole pages of every head from `slot` on, as far as they were written."""

@@ -66,6 +66,15 @@ class Settling(Protocol):
     def settle(self) -> None: ...
 
 
+@runtime_checkable
+class Paged(Protocol):
+    """A store whose memory can lie in huge pages."""
+
+    def use_huge_pages(self) -> None:
+        """Moves what is written to huge pages, as far as it fills them: no memory is added."""
+        ...
+
+
 class RowStore(KVStore, Protocol):
     """A store that keeps every token, and gives any of them."""
 

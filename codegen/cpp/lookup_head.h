@@ -1,6 +1,7 @@
 // What one call of kvc_native::lookup is about: groups of KV heads, their memory for the call, and where their tokens lie.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -124,6 +125,7 @@ struct Head {
   float *run_sums, *least, *no_least;  // [queries][runs], [queries]: what keys that are not chosen weigh, and what of it matters
   KvcWeights *weights;                 // [queries]
   float *state, *found_state, *rest_state, *far_state;  // what the pieces are merged into
+  const std::atomic<int64_t> *stage_left;               // how much is left of the stage that was planned last
 };
 
 // Where tokens of one head lie.

@@ -1,11 +1,13 @@
 // kvc_native::lookup: appends one new token a session and attends to a window, to the keys that a sketch finds, and to an estimate of
 // the others.
 //
-// The work is cut into phases, and each phase into pieces whose borders depend on a session's own length only; the states of pieces are
-// merged in their order.  So which thread does what changes no bit.
+// The work on a head is cut into stages, and each stage into pieces whose borders depend on a session's own length only; the states of
+// pieces are merged in their order.  So which thread does what changes no bit.
 //
 // Runs are ranked by their centres first, and only the keys of the best are looked at.
+#include <exception>
 #include <optional>
+#include <thread>
 
 #include "lookup_head.h"
 
@@ -15,6 +17,7 @@ namespace {
 enum Column { kKernel, kStore, kSketch, kHeads, kHeadCount, kStart, kOutRow, kBefore, kK, kSelect, kTail, kColumnCount };
 
 constexpr int64_t kInlineKeys = 4096;  // a call over so few keys is done by the calling thread
+constexpr int64_t kSpins = 2000;       // looks at what a piece waits for before the processor is given to others
 constexpr float kLost = 1.49e-8f;      // 2^-26: so small a share of a sum is lost in its rounding
 
 struct Call {
@@ -207,14 +210,6 @@ void add_estimates(const Head &head) {
   if (group.far_vectors()) merge(state, far, queries, dim);
 }
 
-// A piece of the last phase, and which queries its state is of.
-struct Piece {
-  const Head *head;
-  int64_t kind, first, tokens;  // kind: a list, or one of these; tokens: of estimates, runs
-  float *state;
-};
-constexpr int64_t kWindow = -1, kRest = -2, kFar = -3;
-
 // Memory of a head for one call.
 void make_room(Scratch &scratch, Head &head) {
   const Group &group = *head.group;
@@ -276,87 +271,110 @@ void read_sketch(const Group &group, Head &head) {
   head.gaps = (const float *)words[kGaps] + at * kGapColumns;
 }
 
-void run(const Call &call, const std::vector<Group> &groups) {
-  static thread_local Scratch scratch_of_thread;
-  Scratch &scratch = scratch_of_thread;
-  scratch.clear();
-  std::vector<Head> heads;
-  int64_t keys = 0;
-  for (const Group &group : groups)
-    for (int64_t h = 0; h < group.head_count; h++) {
-      Head head = {};
-      head.group = &group, head.head = h;
-      if (group.finds()) read_sketch(group, head);
-      make_room(scratch, head);
-      heads.push_back(std::move(head));
-      keys += group.before + 1;
-    }
-  std::vector<Piece> pieces;
-  const auto phase = [&](const auto &work) {
-    if (keys <= kInlineKeys)
-      for (const Piece &piece : pieces) work(piece);
-    else
-      each_on_threads(pieces.size(), [&](int64_t i) { work(pieces[i]); });
-    pieces.clear();
-  };
-  const auto add_chunks = [&](const Head &head) {
-    for (int64_t chunk = 0; chunk < head.group->chunks(); chunk++) pieces.push_back({&head, 0, chunk, 0, nullptr});
-  };
+// What is done for one head, in this order: a stage begins when the one before has ended.
+enum class Stage { kPrepare, kScan, kWeigh, kAddSums, kShare, kChoose, kCollect, kSum, kAttend };
+constexpr int64_t kWindow = -1, kRest = -2, kFar = -3;
 
-  const auto each = [&](const auto &wanted, const auto &add) {
-    for (const Head &head : heads)
-      if (wanted(*head.group)) add(head);
-  };
-  const auto add_each = [&](const Head &head, int64_t count) {
-    for (int64_t i = 0; i < count; i++) pieces.push_back({&head, i, 0, 0, nullptr});
-  };
-  const auto finds = [](const Group &group) { return group.finds(); };
-  const auto shares = [](const Group &group) { return group.finds() && group.shares(); };
-  const auto shares_weights = [](const Group &group) { return group.shares_weights(); };
+// What one thread does at a time.
+struct Piece {
+  Head *head;
+  Stage stage;
+  int64_t kind, first, tokens;  // first: chunk, query, token or run; kind, tokens: of kAttend, a list or one of the above, and how many
+  float *state;                 // of kAttend
+  const std::atomic<int64_t> *waits;  // how much is left of what it waits for
+  std::atomic<int64_t> *left;         // of its own stage
+};
 
-  for (Head &head : heads) pieces.push_back({&head, 0, 0, 0, nullptr});
-  phase([&](const Piece &piece) { prepare(call, const_cast<Head &>(*piece.head)); });
-  each(finds, add_chunks);
-  phase([](const Piece &piece) { scan(*piece.head, piece.first); });
-  each(shares_weights, add_chunks);
-  phase([](const Piece &piece) { weigh(*piece.head, piece.first); });
-  each(shares_weights, add_sums);
-  each(shares_weights, add_chunks);
-  phase([](const Piece &piece) { share(*piece.head, piece.first); });
-  each(finds, [&](const Head &head) { add_each(head, head.group->shares_weights() ? 1 : head.group->kernel->queries_per_kv); });
-  phase([](const Piece &piece) {
-    choose(*piece.head, piece.kind);
-    if (piece.head->group->shares()) return;
-    collect(*piece.head, piece.kind);
-    if (piece.head->group->tail) sum(*piece.head, piece.kind);
-  });
-  each(shares, [&](const Head &head) { add_each(head, 1); });
-  phase([](const Piece &piece) { collect(*piece.head, piece.kind); });
-  each(shares, [&](const Head &head) { add_each(head, head.group->tail ? head.group->kernel->queries_per_kv : 0); });
-  phase([](const Piece &piece) { sum(*piece.head, piece.kind); });
-
-  const auto add_pieces = [&](const Head &head, int64_t kind, int64_t count, int64_t at_once) {
-    for (int64_t first = 0; first < count; first += at_once)
-      pieces.push_back({&head, kind, first, std::min(at_once, count - first), scratch.take<float>(head.group->state_floats())});
-  };
-  for (const Head &head : heads) {
-    add_pieces(head, kWindow, head.group->window_tokens(), kChunkTokens);
-    if (!head.group->finds()) continue;
-    for (int64_t list = 0; list < head.group->lists(); list++) add_pieces(head, list, head.counts[list], kChunkTokens);
-    if (!head.group->tail) continue;
-    add_pieces(head, kRest, head.group->runs(), kRunsAtOnce);
-    add_pieces(head, kFar, head.group->far_vectors(), kRunsAtOnce);
+void act(const Call &call, const Piece &piece) {
+  Head &head = *piece.head;
+  switch (piece.stage) {
+    case Stage::kPrepare:
+      return prepare(call, head);
+    case Stage::kScan:
+      return scan(head, piece.first);
+    case Stage::kWeigh:
+      return weigh(head, piece.first);
+    case Stage::kAddSums:
+      return add_sums(head);
+    case Stage::kShare:
+      return share(head, piece.first);
+    case Stage::kChoose:
+      choose(head, piece.first);
+      if (head.group->shares()) return;
+      collect(head, piece.first);
+      if (head.group->tail) sum(head, piece.first);
+      return;
+    case Stage::kCollect:
+      return collect(head, piece.first);
+    case Stage::kSum:
+      return sum(head, piece.first);
+    case Stage::kAttend:
+      if (piece.kind <= kRest) return rest(head, piece.first, piece.tokens, piece.kind == kFar, piece.state);
+      const int64_t end =
+          piece.kind == kWindow ? piece.first + piece.tokens : std::min(piece.first + piece.tokens, head.counts[piece.kind]);
+      if (piece.first < end) attend(head, piece.kind, piece.first, end - piece.first, piece.state);
   }
-  const std::vector<Piece> parts = pieces;
-  phase([](const Piece &piece) {
-    if (piece.kind <= kRest)
-      rest(*piece.head, piece.first, piece.tokens, piece.kind == kFar, piece.state);
-    else
-      attend(*piece.head, piece.kind, piece.first, piece.tokens, piece.state);
-  });
+}
 
-  for (const Piece &piece : parts) {
+// The pieces of a call, in an order in which none waits for one behind it: so whoever is free takes the next, and waits if it must.
+class Work {
+ public:
+  Work(Scratch &scratch, std::vector<Head> &heads) : scratch(scratch), heads(heads) {}
+
+  template <class Wanted, class Count>
+  void add(Stage stage, const Wanted &wanted, const Count &count) {
+    for (Head &head : heads) {
+      if (!wanted(*head.group)) continue;
+      std::atomic<int64_t> *left = new (scratch.take<std::atomic<int64_t>>(1)) std::atomic<int64_t>(count(*head.group));
+      for (int64_t i = 0; i < *left; i++) pieces.push_back({&head, stage, 0, i, 0, nullptr, head.stage_left, left});
+      head.stage_left = left;
+    }
+  }
+
+  void attend(Head &head, int64_t kind, int64_t count, int64_t at_once) {
+    for (int64_t first = 0; first < count; first += at_once)
+      pieces.push_back({&head, Stage::kAttend, kind, first, std::min(at_once, count - first),
+                        scratch.take<float>(head.group->state_floats()), head.stage_left, nullptr});
+  }
+
+  void run(const Call &call, bool on_threads) {
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;
+    const auto take = [&](int64_t i) {
+      const Piece &piece = pieces[i];
+      if (piece.waits) wait_for(*piece.waits);
+      try {
+        if (!failed) act(call, piece);
+      } catch (...) {  // the others still come to their end
+        if (!failed.exchange(true)) failure = std::current_exception();
+      }
+      if (piece.left) piece.left->fetch_sub(1, std::memory_order_release);
+    };
+    if (on_threads)
+      each_on_threads(pieces.size(), take);
+    else
+      for (size_t i = 0; i < pieces.size(); i++) take(i);
+    if (failed) std::rethrow_exception(failure);
+  }
+
+  std::vector<Piece> pieces;
+
+ private:
+  Scratch &scratch;
+  std::vector<Head> &heads;
+
+  static void wait_for(const std::atomic<int64_t> &left) {
+    for (int64_t turn = 0; left.load(std::memory_order_acquire) > 0; turn++)
+      if (turn > kSpins) std::this_thread::yield();
+  }
+};
+
+// The states of all pieces join that of their head, in their order.
+void join(const std::vector<Piece> &pieces) {
+  for (const Piece &piece : pieces) {
+    if (piece.stage != Stage::kAttend) continue;
     const Head &head = *piece.head;
+    if (piece.kind >= 0 && piece.first >= head.counts[piece.kind]) continue;
     const int64_t queries = head.group->kernel->queries_per_kv, dim = head.group->kernel->value_dim;
     const KvcState other = state_at(piece.state, queries, dim);
     if (piece.kind == kWindow && piece.first == 0) {  // the first one of every head
@@ -373,6 +391,53 @@ void run(const Call &call, const std::vector<Group> &groups) {
       merge(state_at(into, queries, dim), other, queries, dim);
     }
   }
+}
+
+void run(const Call &call, const std::vector<Group> &groups) {
+  static thread_local Scratch scratch_of_thread;
+  Scratch &scratch = scratch_of_thread;
+  scratch.clear();
+  std::vector<Head> heads;
+  int64_t keys = 0;
+  for (const Group &group : groups)
+    for (int64_t h = 0; h < group.head_count; h++) {
+      Head head = {};
+      head.group = &group, head.head = h;
+      if (group.finds()) read_sketch(group, head);
+      make_room(scratch, head);
+      heads.push_back(std::move(head));
+      keys += group.before + 1;
+    }
+
+  Work work(scratch, heads);
+  const auto all = [](const Group &) { return true; };
+  const auto finds = [](const Group &group) { return group.finds(); };
+  const auto shares = [](const Group &group) { return group.finds() && group.shares(); };
+  const auto shares_weights = [](const Group &group) { return group.shares_weights(); };
+  const auto sums_apart = [](const Group &group) { return group.finds() && group.shares() && group.tail; };
+  const auto once = [](const Group &) { return int64_t(1); };
+  const auto chunks = [](const Group &group) { return group.chunks(); };
+  const auto queries = [](const Group &group) { return int64_t(group.kernel->queries_per_kv); };
+  work.add(Stage::kPrepare, all, once);
+  work.add(Stage::kScan, finds, chunks);
+  work.add(Stage::kWeigh, shares_weights, chunks);
+  work.add(Stage::kAddSums, shares_weights, once);
+  work.add(Stage::kShare, shares_weights, chunks);
+  work.add(Stage::kChoose, finds, [&](const Group &group) { return group.shares_weights() ? 1 : queries(group); });
+  work.add(Stage::kCollect, shares, once);
+  work.add(Stage::kSum, sums_apart, queries);
+  for (Head &head : heads) {
+    const Group &group = *head.group;
+    work.attend(head, kWindow, group.window_tokens(), kChunkTokens);
+    if (!group.finds()) continue;
+    for (int64_t list = 0; list < group.lists(); list++) work.attend(head, list, group.list_room(), kChunkTokens);
+    if (!group.tail) continue;
+    work.attend(head, kRest, group.runs(), kRunsAtOnce);
+    work.attend(head, kFar, group.far_vectors(), kRunsAtOnce);
+  }
+  work.run(call, keys > kInlineKeys);
+
+  join(work.pieces);
   for (const Head &head : heads) {
     if (!head.group->finds()) continue;
     const int64_t queries = head.group->kernel->queries_per_kv, dim = head.group->kernel->value_dim;

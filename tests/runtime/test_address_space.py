@@ -1,5 +1,6 @@
 """Reserved address space: lazy, given back, refused with a clear error.  Measured in a process of its own."""
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -149,3 +150,30 @@ def test_elsewhere_than_on_linux_it_is_plain_memory(monkeypatch):
     space.fill_(4)
     assert address_space.release_tail(space) == 0
     assert space.eq(4).all()
+
+
+@needs_linux
+def test_huge_pages_keep_what_is_written_and_take_no_more_memory():
+    huge = address_space.HUGE_PAGE_BYTES
+    space = address_space.reserve(8 * huge)
+    written = space[: 4 * huge + 12345]
+    written.random_(0, 256, generator=torch.Generator().manual_seed(0))
+    before = written.clone()
+    moved = address_space.collapse(written)
+    assert moved in (0, 3 * huge, 4 * huge)  # 0: the system has none to give
+    assert written.equal(before)
+    assert address_space.collapse(space[: huge // 2]) == 0
+    assert _resident(space) <= written.nbytes + 4096
+    assert address_space.release_tail(written[huge // 2 :]) > 3 * huge
+    assert _resident(space) <= huge // 2 + 4096
+    space[huge : huge + 1] = 1  # what was given back comes back page by page
+    assert _resident(space) <= huge // 2 + 3 * 4096
+
+
+def _resident(space):
+    """Bytes of memory that a region's pages take."""
+    pages = -(-space.nbytes // 4096)
+    held = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(space.data_ptr()), ctypes.c_size_t(space.nbytes), held) == 0
+    return 4096 * sum(page & 1 for page in held)

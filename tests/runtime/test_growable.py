@@ -232,3 +232,22 @@ def test_an_interrupted_copy_appends_nothing_and_its_memory_is_given_back(monkey
     assert store._parts[0].buffer.written == 3  # taken back at once
     store.rollback(1)
     assert store._parts[0].buffer.written == 2
+
+
+def test_huge_pages_change_no_token_and_no_count():
+    store = GrowableStore(2, 64, 64, torch.float32, 16384)
+    generator = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(2, 16384 + 9000, 64, generator=generator) for _ in range(2))
+    store.append(key[:, :16384], value[:, :16384])  # a full buffer, and one in part
+    store.append(key[:, 16384:], value[:, 16384:])
+    child, bytes_before = store.fork(), store.nbytes()
+    store.use_huge_pages()
+    child.use_huge_pages()  # its parent's memory is not its own to move
+    assert store.nbytes() == bytes_before
+    for each in (store, child):
+        assert torch.cat([span.key_HTD for span in each.spans()], 1).equal(key)
+        assert torch.cat([span.value_HTE for span in each.spans()], 1).equal(value)
+    store.rollback(20000)
+    store.append(key[:, 5384:], value[:, 5384:])
+    assert torch.cat([span.key_HTD for span in store.spans()], 1).equal(key)
+    assert torch.cat([span.key_HTD for span in child.spans()], 1).equal(key)
