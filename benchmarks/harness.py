@@ -118,6 +118,13 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
+def earlier(name: str) -> dict[str, Any]:
+    """What benchmarks/results/NAME.json holds beside its machine; nothing where there is none."""
+    path = RESULTS / f"{name}.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {key: value for key, value in held.items() if key != "machine"}
+
+
 def write(name: str, threads: int, result: Mapping[str, Any]) -> None:
     """benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)

@@ -18,6 +18,9 @@ from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.merge import AttentionState
 
 
+_BLOCK_TOKENS = 4096  # keys that are widened at once: what a core's cache holds
+
+
 class FlatIndex:
     """Holds nothing but its borders.  key_bytes: of the keys of one token in all KV heads."""
 
@@ -40,7 +43,8 @@ class FlatIndex:
         self._end += key_HTD.shape[1]
 
     def search(self, query_HGD: Tensor, k: int, select: Select, keys: Keys) -> Found:
-        parts = [query_HGD.float() @ span.key_HTD.float().transpose(1, 2) for span in keys(self._first, self._end)]
+        blocks = [block_HTD for span in keys(self._first, self._end) for block_HTD in span.key_HTD.split(_BLOCK_TOKENS, 1)]
+        parts = [query_HGD.float() @ block_HTD.float().transpose(1, 2) for block_HTD in blocks]
         score_HGT = torch.cat(parts, 2)
         if self._soft_cap is not None:
             score_HGT = self._soft_cap * torch.tanh(score_HGT / self._soft_cap)
