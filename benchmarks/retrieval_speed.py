@@ -206,10 +206,11 @@ def main() -> None:
             rows[name] = {"effort": effort, "recall@100": round(found, 4), "build, seconds": round(built, 2)}
         times = search_times(past, indexes)
         for name in names:
-            rows[name] |= {"search, milliseconds": times[name], "times below flat": times["flat"] / times[name]}
+            row = rows[name]
+            row |= {"search, milliseconds": times[name], "times below flat": times["flat"] / times[name]}
             print(
-                f"{tokens:7,d} tokens  {name:10s} {rows[name]['effort']:10s} recall@100 {rows[name]['recall@100']:.3f}  "
-                f"{times[name]:8.3f} ms  {times['flat'] / times[name]:5.1f} times below flat  built in {rows[name]['build, seconds']:.1f} s",
+                f"{tokens:7,d} tokens  {name:10s} {row['effort']:10s} recall@100 {row['recall@100']:.3f}  "
+                f"{times[name]:8.3f} ms  {times['flat'] / times[name]:5.1f} times below flat  built in {row['build, seconds']:.1f} s",
                 flush=True,
             )
         attention = attention_times(given.layer, past)

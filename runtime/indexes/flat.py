@@ -17,7 +17,6 @@ from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.merge import AttentionState
 
-
 _BLOCK_TOKENS = 4096  # keys that are widened at once: what a core's cache holds
 
 
