@@ -28,6 +28,7 @@ from kvcompile.models import cache
 from kvcompile.models.exported import as_module
 from kvcompile.models.load import open_model
 from kvcompile.models.opened import OpenedModel, token_ids
+from kvcompile.models.weights_hash import weights_hash
 from kvcompile.passes.probe_segments import probe_segments
 from kvcompile.passes.rotate_sink_queries import check_shift_invariance
 from kvcompile.passes.trace import FixedLengthError, bind_weights, front_ends, trace
@@ -138,6 +139,7 @@ def compile(
         spec=checked,
         vocabulary=_vocabulary(unit.graph),
         name=opened.name if opened else type(module).__name__,
+        hash=opened.hash if opened else weights_hash(module),
         tokenizer=tokenizer,
         stop_tokens=frozenset(opened.stop_tokens if opened else _stop_tokens(module)),
         timings=stages.seconds,

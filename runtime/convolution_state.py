@@ -17,7 +17,7 @@ from torch import Tensor
 from kvcompile.ir.convolve_op import causal_filter
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.ir.plan import ConvolutionPlan
-from kvcompile.runtime.store import rollback_range_problem
+from kvcompile.runtime.store import StoreState, rollback_range_problem
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,18 @@ class ConvolutionState:
             return ConvolutionState.empty(self.plan)
         left = max(0, self.inputs_CK.shape[1] - tokens)
         return ConvolutionState(self.plan, self.inputs_CK[:, :left].clone(), self.tokens - tokens)
+
+    def state(self) -> StoreState:
+        """As SavedStore."""
+        return StoreState("convolution", {"tokens": self.tokens}, {"inputs": self.inputs_CK})
+
+    def restored(self, state: StoreState) -> ConvolutionState:
+        """What gave the state: a copy.  Raises as SavedStore."""
+        tokens, site = state.of_kind("convolution").whole("tokens"), self.plan.site
+        inputs_CK = state.tensor("inputs", self.inputs_CK.dtype, site.channels, None)
+        if not site.taps - 1 <= inputs_CK.shape[1] <= max(self.plan.kept_tokens, site.taps - 1):
+            raise ValueError(f"{inputs_CK.shape[1]} inputs of {site.taps} taps")
+        return ConvolutionState(self.plan, inputs_CK.clone(), tokens)
 
     def nbytes(self) -> int:
         """Bytes of the inputs kept, the zeros before the first token aside; a fork that reads on has its own."""

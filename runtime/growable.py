@@ -7,6 +7,7 @@ Rules:
 2. A fork leases the first tokens of its parent's buffers.  Only the store that made a buffer writes to it, and never
    below the longest lease that is alive; so a child never changes, whatever its parent does.
 3. A lease dies with the store that holds it, and then its slots may be written again.
+4. A restored store leases its past from a file, as a fork does from its parent: nobody writes to it, and new tokens go to a buffer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from kvcompile.runtime.address_space import PAGE_BYTES, collapse, release_tail, 
 from kvcompile.runtime.descriptor import DescribedPart, Descriptor, PackedPart
 from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots, token_bytes, value_slots
 from kvcompile.runtime.spans import Span
-from kvcompile.runtime.store import rollback_range_problem
+from kvcompile.runtime.store import StoreState, rollback_range_problem
+
+FILE_PAGE_BYTES = 4096  # of a head's keys in a file, whatever the machine's pages are
 
 
 class GrowableStore:
@@ -162,10 +165,37 @@ class GrowableStore:
             if part.lease is None:
                 part.buffer.collapse()
 
+    def state(self) -> StoreState:
+        """As SavedStore: keys and values of all parts, one behind the other as in a buffer of their own."""
+        keys, values = (torch.zeros(nbytes, dtype=torch.uint8) for nbytes in self._file_bytes(self.tokens, self.layout))
+        numbers = {"tokens": self.tokens, "layout": self.layout}
+        if self.tokens:
+            whole = self._buffer(0, self.tokens, (keys, values), self.layout)
+            for part in self._parts:
+                whole.keys.copy(part.buffer.first, part.buffer.keys, 0, part.tokens)
+                whole.values.copy(part.buffer.first, part.buffer.values, 0, part.tokens)
+        return StoreState("growable", numbers, {"keys": keys, "values": values})
+
+    def restore(self, state: StoreState) -> None:
+        """As SavedStore: keys are read where the file has them if they lie there as this store's kernels want them, else copied."""
+        tokens, layout = state.of_kind("growable").whole("tokens"), state.numbers["layout"]
+        if layout != self.layout and {layout, self.layout} != {"rows", "blocks"}:
+            raise ValueError(f"keys in the layout {layout!r} cannot become {self.layout!r}")
+        key_bytes, value_bytes = self._file_bytes(tokens, layout)
+        memory = state.tensor("keys", torch.uint8, key_bytes), state.tensor("values", torch.uint8, value_bytes)
+        if tokens == 0:
+            return
+        past = self._buffer(0, tokens, memory, layout)
+        if layout == self.layout:
+            self._parts = [_Part(past, tokens, None).lent()]
+        else:
+            self.append(past.keys.read(0, tokens), past.values.read(0, tokens))
+
     def nbytes(self) -> int:
         return self._token_bytes() * sum(part.tokens for part in self._parts if part.lease is None)
 
     def shared_nbytes(self) -> int:
+        """Bytes that forks' parents own, and those that lie in a file."""
         return self._token_bytes() * sum(part.tokens for part in self._parts if part.lease is not None)
 
     def _token_bytes(self) -> int:
@@ -176,8 +206,16 @@ class GrowableStore:
         return self._parts[-1].room() if self._parts else 0
 
     def _open(self, first: int, tokens: int) -> _Part:
-        capacity = max(self.capacity_tokens, tokens)
-        return _Part(_Buffer(first, self.kv_heads, self.head_dim, self.value_dim, self.dtype, capacity, self.layout), 0, None)
+        return _Part(self._buffer(first, max(self.capacity_tokens, tokens), None, self.layout), 0, None)
+
+    def _buffer(self, first: int, capacity: int, memory: tuple[Tensor, Tensor] | None, layout: KeyLayout) -> _Buffer:
+        return _Buffer(first, self.kv_heads, self.head_dim, self.value_dim, self.dtype, capacity, layout, memory)
+
+    def _file_bytes(self, tokens: int, layout: KeyLayout) -> tuple[int, int]:
+        """Of keys and of values in a file: each head's begin on a page."""
+        dims = (self.head_dim, key_capacity(layout, tokens)), (self.value_dim, tokens)
+        keys, values = (self.kv_heads * _whole(slots * token_bytes(layout, dim, self.dtype), FILE_PAGE_BYTES) for dim, slots in dims)
+        return keys, values
 
 
 @dataclass(eq=False)
@@ -189,19 +227,32 @@ class _Lease:
 
 
 class _Buffer:
-    """Slots for positions [first, first + capacity): one region, the keys of every KV head, then the values.
+    """Slots for positions [first, first + capacity): the keys of every KV head, and the values.
 
     A head starts on a page, so that the tail of each head can be given back.
+    memory: where keys and values lie, uint8, as much for one head as for another; None: a region of its own.
     """
 
     def __init__(
-        self, first: int, kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, capacity: int, layout: KeyLayout
+        self,
+        first: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        capacity: int,
+        layout: KeyLayout,
+        memory: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         key_row, value_row = (token_bytes(layout, dim, dtype) for dim in (head_dim, value_dim))
-        key_bytes, value_bytes = _whole_pages(key_capacity(layout, capacity) * key_row), _whole_pages(capacity * value_row)
-        region = reserve(kv_heads * (key_bytes + value_bytes))
-        self._region = region
-        keys, values = region.split_with_sizes([kv_heads * key_bytes, kv_heads * value_bytes])
+        if memory is None:
+            sizes = [kv_heads * _whole(key_capacity(layout, capacity) * key_row), kv_heads * _whole(capacity * value_row)]
+            region = reserve(sum(sizes))
+            keys, values = region.split_with_sizes(sizes)
+        else:
+            region, (keys, values) = None, memory
+        self._region = region  # None of a file's
+        key_bytes, value_bytes = keys.nbytes // kv_heads, values.nbytes // kv_heads
         self._heads = [*keys.view(kv_heads, -1).unbind(), *values.view(kv_heads, -1).unbind()]  # bytes of each head's keys, then values
         self._row_bytes = [key_row] * kv_heads + [value_row] * kv_heads
         self._key_tokens = key_capacity(layout, 1)
@@ -219,6 +270,8 @@ class _Buffer:
 
     def collapse(self) -> None:
         """Puts what is written into huge pages, where it fills them."""
+        if self._region is None:
+            return
         if self.written == self.capacity:
             collapse(self._region)
             return
@@ -231,7 +284,7 @@ class _Buffer:
             return
         whole = -(-slot // self._key_tokens) * self._key_tokens  # a block of keys is kept as long as one of its slots is
         for head, row_bytes in zip(self._heads, self._row_bytes, strict=True):
-            start, end = _whole_pages(whole * row_bytes), min(head.nbytes, _whole_pages((self.written + self._key_tokens) * row_bytes))
+            start, end = _whole(whole * row_bytes), min(head.nbytes, _whole((self.written + self._key_tokens) * row_bytes))
             if start < end:
                 release_tail(head[start:end])
         self.written = slot
@@ -239,7 +292,8 @@ class _Buffer:
 
 @dataclass
 class _Part:
-    """The first `tokens` slots of a buffer, as one store sees them.  lease None: this store made the buffer and writes it."""
+    """The first `tokens` slots of a buffer, as one store sees them.  lease None: this store made the buffer and writes it; else another
+    store did, or it lies in a file."""
 
     buffer: _Buffer
     tokens: int
@@ -302,5 +356,6 @@ class _Part:
         return lease
 
 
-def _whole_pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+def _whole(nbytes: int, page: int = PAGE_BYTES) -> int:
+    """Whole pages."""
+    return -(-nbytes // page) * page

@@ -35,7 +35,7 @@ from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots, token_b
 from kvcompile.runtime.quantise import dequantise_keys, dequantise_some_keys, dequantise_values, quantise_keys, quantise_values
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.spans import Span
-from kvcompile.runtime.store import rollback_range_problem
+from kvcompile.runtime.store import StoreState, rollback_range_problem
 
 SPARE_TOKENS = 16  # exact tokens that a call may bring without larger buffers
 BLOCK_TOKENS = 1024  # positions that are in full precision at once where torch attends
@@ -331,6 +331,44 @@ class KiviStore:
         child._exact.keys.write(0, self._exact.keys.read(0, places - self._coded_keys))
         child._exact.write_values(self._coded_values, self._exact.read_values(self._coded_values, places))
         return child
+
+    def state(self) -> StoreState:
+        """As SavedStore: quantised tokens as the stores of codes have them, exact ones a token a row."""
+        self.settle()
+        sinks, places = min(self._tokens, self.sink_tokens), self._behind_sinks
+        tensors = {
+            "sink_keys": self._sinks.keys.read(0, sinks),
+            "sink_values": self._sinks.read_values(0, sinks),
+            "exact_keys": self._exact.keys.read(0, places - self._coded_keys),
+            "exact_values": self._exact.read_values(self._coded_values, places),
+        }
+        inner = {"groups": self._groups.state()} | ({} if self._values is None else {"values": self._values.state()})
+        numbers = {"tokens": self._tokens, "dropped_values": self._dropped_values}
+        return StoreState("kivi", numbers, {name: tensor.clone() for name, tensor in tensors.items()}, inner)
+
+    def restore(self, state: StoreState) -> None:
+        """As SavedStore; quantised tokens of a store of every token are read where the file has them, the rest is copied."""
+        tokens = state.of_kind("kivi").whole("tokens")
+        sinks, places = min(tokens, self.sink_tokens), max(0, tokens - self.sink_tokens)
+        coded_keys, coded_values = places - places % self.residual_tokens, max(0, places - self.residual_tokens)  # as `settle` leaves them
+        dropped = state.whole("dropped_values", 0, places if self._values is None else 0)
+        heads, dims = self.kv_heads, (self.head_dim, self.value_dim)
+        sink = [state.tensor(f"sink_{name}", self.dtype, heads, sinks, dim) for name, dim in zip(("keys", "values"), dims, strict=True)]
+        key_HTD = state.tensor("exact_keys", self.dtype, heads, places - coded_keys, self.head_dim)
+        value_HTE = state.tensor("exact_values", self.dtype, heads, places - coded_values, self.value_dim)
+        self._groups.restore(state.inner["groups"])
+        held = [self._groups.tokens * self.kivi.group]
+        if self._values is not None:
+            self._values.restore(state.inner["values"])
+            held.append(self._values.tokens)
+        if held != [coded_keys, coded_values][: len(held)]:
+            raise ValueError(f"of {tokens} tokens {held} are quantised")
+        if sinks:
+            self._sinks.keys.write(0, sink[0])
+            self._sinks.write_values(0, sink[1])
+        self._exact.keys.write(0, key_HTD)
+        self._exact.write_values(coded_values, value_HTE)
+        self._tokens, self._coded_keys, self._coded_values, self._dropped_values = tokens, coded_keys, coded_values, dropped
 
     def nbytes(self) -> int:
         """Codes, scales and exact tokens."""

@@ -12,7 +12,7 @@ Values are rows: [H, C, E]; of int8 E bytes and a scale.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class Slots(Protocol):
         """Converts to the store's dtype; any strides."""
         ...
 
+    def copy(self, slot: int, other: Self, first: int, tokens: int) -> None:
+        """Writes what another one of the same layout and dtype has at slots from `first` on, to the bit."""
+        ...
+
 
 class Rows:
     """Keys or values as rows.  memory_HB: the numbers of each head, [H, at least slots * D]."""
@@ -54,6 +58,9 @@ class Rows:
 
     def write(self, slot: int, key_HSD: Tensor) -> None:
         self._key_HCD.narrow(1, slot, key_HSD.shape[1]).copy_(key_HSD)
+
+    def copy(self, slot: int, other: Self, first: int, tokens: int) -> None:
+        self.write(slot, other.read(first, tokens))
 
 
 class KeyBlocks:
@@ -82,6 +89,9 @@ class KeyBlocks:
         key_HSDP = key_HSD.to(self._key_HNLDP.dtype).unflatten(2, shape[3:])
         self._key_HNLDP[:, slot_S // BLOCK_TOKENS, slot_S % BLOCK_TOKENS] = key_HSDP
 
+    def copy(self, slot: int, other: Self, first: int, tokens: int) -> None:
+        _copy_lanes(self._key_HNLDP, slot, other._key_HNLDP, first, tokens)
+
 
 class Int8Blocks:
     """Keys of 8 bits in blocks.  memory_HB: as many bytes as `token_bytes` says, seen as numbers of the scales' dtype."""
@@ -109,6 +119,10 @@ class Int8Blocks:
         self._code_HNLD[:, slot_S // BLOCK_TOKENS, slot_S % BLOCK_TOKENS] = code_HSD
         self._scale_HNL[:, slot_S // BLOCK_TOKENS, slot_S % BLOCK_TOKENS] = scale_HS
 
+    def copy(self, slot: int, other: Self, first: int, tokens: int) -> None:
+        _copy_lanes(self._code_HNLD, slot, other._code_HNLD, first, tokens)
+        _copy_lanes(self._scale_HNL, slot, other._scale_HNL, first, tokens)
+
 
 class Int8Rows:
     """Values of 8 bits as rows.  memory_HB: as of `Int8Blocks`."""
@@ -129,9 +143,22 @@ class Int8Rows:
         byte_HSB = torch.cat([code_HSE, scale_HS[..., None].contiguous().view(torch.uint8)], -1)
         self._byte_HCB.narrow(1, slot, value_HSE.shape[1]).copy_(byte_HSB)
 
+    def copy(self, slot: int, other: Self, first: int, tokens: int) -> None:
+        self._byte_HCB.narrow(1, slot, tokens).copy_(other._byte_HCB.narrow(1, first, tokens))
+
     def _numbers(self, byte_XB: Tensor) -> Tensor:
         scale_X = byte_XB[..., self._value_dim :].clone(memory_format=torch.contiguous_format).view(self._dtype).squeeze(-1)
         return dequantise_int8(byte_XB[..., : self._value_dim], scale_X)
+
+
+def _copy_lanes(to_HNL: Tensor, slot: int, from_HNL: Tensor, first: int, tokens: int) -> None:
+    """Tokens of blocks, [H, N, L, ...]: whole blocks at once where they begin alike."""
+    blocks = tokens // BLOCK_TOKENS if slot % BLOCK_TOKENS == first % BLOCK_TOKENS == 0 else 0
+    block, at = slot // BLOCK_TOKENS, first // BLOCK_TOKENS
+    to_HNL[:, block : block + blocks].copy_(from_HNL[:, at : at + blocks])
+    left_S = torch.arange(blocks * BLOCK_TOKENS, tokens)
+    to_S, from_S = left_S + slot, left_S + first
+    to_HNL[:, to_S // BLOCK_TOKENS, to_S % BLOCK_TOKENS] = from_HNL[:, from_S // BLOCK_TOKENS, from_S % BLOCK_TOKENS]
 
 
 _KEYS: dict[KeyLayout, type[Rows | KeyBlocks | Int8Blocks]] = {"rows": Rows, "blocks": KeyBlocks, "int8": Int8Blocks}

@@ -25,14 +25,14 @@ from kvcompile.ir.indexes import BLOCK_TOKENS, MIN_INDEXED_TOKENS, training_quer
 from kvcompile.ir.policy import SinkRecent, TopK
 from kvcompile.runtime.attend import attend_spans
 from kvcompile.runtime.attend_held import attend_held
-from kvcompile.runtime.indexes.index import Found, KeyIndex, Prompt
+from kvcompile.runtime.indexes.index import Found, KeyIndex, Prompt, Shaped
 from kvcompile.runtime.indexes.registry import index_kind
 from kvcompile.runtime.indexes.sketch import SketchIndex
 from kvcompile.runtime.merge import AttentionState, merge_all
 from kvcompile.runtime.native_lookup import sketch_words
 from kvcompile.runtime.query_sample import QuerySample
 from kvcompile.runtime.spans import Span
-from kvcompile.runtime.store import Paged, RowStore, Settling
+from kvcompile.runtime.store import Paged, RowStore, Settling, StoreState, saved
 
 RECALIBRATE_TOKENS = 1024
 HUGE_TOKENS = 16384  # from so many on rows are moved to huge pages: 2.6 ms a MiB once, and a step reads its rows a third quicker
@@ -172,6 +172,35 @@ class LookupStore:
         child.sample = self.sample.copy()
         child._checked_at, child._made_end = self._checked_at, self._made_end
         return child
+
+    def state(self) -> StoreState:
+        """As SavedStore: the index too, so that none is built again, and when it was last held against queries."""
+        inner = {"rows": saved(self.rows).state(), "sample": self.sample.state()}
+        if self.index is not None:
+            tensors, numbers = self.index.state()
+            inner["index"] = StoreState(self.zone.index, numbers, tensors)
+        return StoreState("lookup", {"checked_at": self._checked_at, "made_end": self._made_end}, {}, inner)
+
+    def restore(self, state: StoreState) -> None:
+        """As SavedStore; the index is copied."""
+        checked_at, made_end = state.of_kind("lookup").whole("checked_at"), state.whole("made_end")
+        saved(self.rows).restore(state.inner["rows"])
+        self.sample.restore(state.inner["sample"])
+        if "index" in state.inner:
+            found = state.inner["index"].of_kind(self.zone.index)
+            self.index = index_kind(found.kind).restore({name: tensor.clone() for name, tensor in found.tensors.items()}, found.numbers)
+            self._check_index(self.index)
+        self._checked_at, self._made_end = min(checked_at, self.tokens), made_end
+
+    def _check_index(self, index: KeyIndex) -> None:
+        """Raises ValueError where an index that was read covers other tokens, or keys of another shape."""
+        first, tokens, rows = self.window.sink_tokens, self.tokens, self.rows
+        if index.first != first or not first < index.end <= tokens or (index.end - first) % BLOCK_TOKENS:
+            raise ValueError(f"an index over the positions {index.first} to {index.end} of {tokens} tokens")
+        span = rows.spans_between(0, 1)[0]
+        heads, dims = rows.kv_heads, (span.key_HTD.shape[2], span.value_HTE.shape[2])
+        if isinstance(index, Shaped) and index.shape not in ((heads, *dims), (heads, dims[0], None)):
+            raise ValueError(f"an index of the shape {index.shape} over {heads} heads of {dims}")
 
     def nbytes(self) -> int:
         """Keys, values, index, and the sample of queries."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -31,6 +32,7 @@ from kvcompile.runtime.native_lookup import lookup_native, lookup_row
 from kvcompile.runtime.program import Program
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.session import Session, Tokens, as_token_ids
+from kvcompile.runtime.session_file import read_session
 from kvcompile.runtime.static import StaticStore
 from kvcompile.runtime.store import KVStore, RowStore
 
@@ -42,6 +44,7 @@ class CompiledModel:
     kernels:      the C++ kernels; where they serve a group of KV heads, its keys lie as they read them.
     vocabulary:   number of logits.
     stop_tokens:  ids that end `generate`.
+    hash:         of the model's files, or of a module's weights: what a saved session belongs to.
     verification: what the compile proved (kvcompile/verify.py); None while it is being proved.
     timings:      seconds of each stage of the compile.
     """
@@ -52,6 +55,7 @@ class CompiledModel:
     vocabulary: int
     kernels: NativeKernels = NO_KERNELS
     name: str = "module"
+    hash: str = ""
     tokenizer: Any = None
     stop_tokens: frozenset[int] = frozenset()
     verification: Any = None
@@ -79,8 +83,23 @@ class CompiledModel:
 
     def session(self) -> Session:
         """An empty session."""
-        stores = [[make_store(site, group, self.kernels.serve(group)) for group in site.groups] for site in self.plan.sites]
-        return Session(self, stores, tuple(map(ConvolutionState.empty, self.plan.convolutions)), [])
+        return Session(self, self.empty_stores(), tuple(map(ConvolutionState.empty, self.plan.convolutions)), [])
+
+    def empty_stores(self) -> list[list[KVStore]]:
+        """Of each site a store for each of its head groups."""
+        return [[make_store(site, group, self.kernels.serve(group)) for group in site.groups] for site in self.plan.sites]
+
+    def restore(self, path: str | Path) -> Session:
+        """The session that `Session.save` wrote: it goes on as that one would have, and neither reads its tokens nor makes an index again.
+
+        Keys and values are read where the file lies, by all processes from the same memory; new tokens go to memory of the session's own.
+        The file may be removed or replaced meanwhile, but must not be cut off or overwritten in place: a process that reads what is gone is
+        ended by the system (SIGBUS).
+        Raises SessionError for what is no session file, is damaged, or was saved by another model, under another plan or by a later version.
+        """
+        stores, convolutions = self.empty_stores(), tuple(map(ConvolutionState.empty, self.plan.convolutions))
+        convolutions, tokens = read_session(self, path, stores, convolutions)
+        return Session(self, stores, convolutions, tokens)
 
     @functools.cached_property
     def native_sites(self) -> list[NativeSite]:

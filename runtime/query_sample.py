@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcompile.ir.indexes import RECENT_POSITIONS, RECENT_STRIDE, TRAINING_FROM, training_stride
 from kvcompile.runtime.indexes.index import RecentQueries
+from kvcompile.runtime.store import StoreState
 
 MOMENT_STRIDE = 4  # every so many positions join the second moment ...
 _MOST_PARTS = 32  # of training queries, before they are joined
@@ -117,6 +118,30 @@ class QuerySample:
         other.training_positions, other._stride = self.training_positions, self._stride
         other._training = self._training
         return other
+
+    def state(self) -> StoreState:
+        """As SavedStore."""
+        tensors = {"gram": self.gram_HDD}
+        if self._recent_HGCD is not None:
+            tensors["recent"] = self._recent_HGCD
+        if self._training:
+            tensors["training"], tensors["training_positions"] = self._joined()
+        return StoreState("queries", {"queries": self.queries, "last": self._last, "stride": self._stride}, tensors)
+
+    def restore(self, state: StoreState) -> None:
+        """As SavedStore; everything is copied."""
+        heads, _, dim = self.gram_HDD.shape
+        queries, last, stride = state.of_kind("queries").whole("queries"), state.whole("last"), state.whole("stride", 1)
+        gram_HDD = state.tensor("gram", torch.float32, heads, dim, dim)
+        if "recent" in state.tensors:
+            self._recent_HGCD = state.tensor("recent", torch.float32, heads, None, None, dim).clone()
+        if "training" in state.tensors:
+            query_HGCD = state.tensor("training", torch.bfloat16, heads, None, None, dim)
+            position_C = state.tensor("training_positions", torch.int64, query_HGCD.shape[2])
+            if not self.training_positions or len(position_C) == 0 or bool((position_C.diff() <= 0).any()) or int(position_C[0]) < 0:
+                raise ValueError("its training queries stand in no order")
+            self._training = [(query_HGCD.clone(), position_C.clone())]
+        self.gram_HDD, self.queries, self._last, self._stride = gram_HDD.clone(), queries, last, stride
 
     def nbytes(self) -> int:
         training = sum(query_HGCD.nbytes for query_HGCD, _ in self._training)

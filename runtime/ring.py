@@ -18,7 +18,7 @@ from kvcompile.runtime.descriptor import Descriptor, PackedPart
 from kvcompile.runtime.layout import KeyLayout, key_capacity, key_slots, token_bytes, value_slots
 from kvcompile.runtime.quantise import dequantise_int8, quantise_int8
 from kvcompile.runtime.spans import Span
-from kvcompile.runtime.store import rollback_range_problem
+from kvcompile.runtime.store import StoreState, rollback_range_problem
 
 HEAD_ALIGNMENT_BYTES = 64  # a cache line; not a page, which would round a small ring up by several per cent
 
@@ -152,14 +152,38 @@ class RingStore:
             self.rollback_tokens,
             self.layout,
         )
-        used = min(self._high, self._slots)
-        for dim, slots, mine_HB, its_HB in zip(
-            (self.head_dim, self.value_dim), (key_capacity(self.layout, used), used), self._byte_HB, child._byte_HB, strict=True
-        ):
-            used_bytes = slots * token_bytes(self.layout, dim, self.dtype)
-            its_HB[:, :used_bytes].copy_(mine_HB[:, :used_bytes])
+        for used, mine_HB, its_HB in zip(self._used_bytes(self._high, self.layout), self._byte_HB, child._byte_HB, strict=True):
+            its_HB[:, :used].copy_(mine_HB[:, :used])
         child._tokens, child._high = self._tokens, self._high
         return child
+
+    def _used_bytes(self, high: int, layout: KeyLayout) -> tuple[int, int]:
+        """Bytes of a head's keys, and of its values, that hold something when so many tokens were given."""
+        used = min(high, self._slots)
+        key_bytes, value_bytes = (token_bytes(layout, dim, self.dtype) for dim in (self.head_dim, self.value_dim))
+        return key_capacity(layout, used) * key_bytes, used * value_bytes
+
+    def state(self) -> StoreState:
+        """As SavedStore."""
+        parts = [each_HB[:, :used] for used, each_HB in zip(self._used_bytes(self._high, self.layout), self._byte_HB, strict=True)]
+        numbers = {"tokens": self._tokens, "high": self._high, "layout": self.layout}
+        return StoreState("ring", numbers, {name: part.clone() for name, part in zip(("keys", "values"), parts, strict=True)})
+
+    def restore(self, state: StoreState) -> None:
+        """As SavedStore; a ring is copied."""
+        high, layout = state.of_kind("ring").whole("high"), state.numbers["layout"]
+        tokens = state.whole("tokens", 0, high)
+        if layout != self.layout and {layout, self.layout} != {"rows", "blocks"}:
+            raise ValueError(f"keys in the layout {layout!r} cannot become {self.layout!r}")
+        key_bytes, value_bytes = self._used_bytes(high, layout)
+        key_HB = state.tensor("keys", torch.uint8, self.kv_heads, key_bytes)
+        value_HB = state.tensor("values", torch.uint8, self.kv_heads, value_bytes)
+        self._byte_HB[1][:, :value_bytes].copy_(value_HB)
+        if layout == self.layout:
+            self._byte_HB[0][:, :key_bytes].copy_(key_HB)
+        elif used := min(high, self._slots):
+            self._keys.write(0, key_slots(layout, key_HB.view(self.dtype), self.head_dim, used).read(0, used))
+        self._tokens, self._high = tokens, high
 
     def nbytes(self) -> int:
         row_bytes = sum(token_bytes(self.layout, dim, self.dtype) for dim in (self.head_dim, self.value_dim))

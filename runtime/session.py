@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.runtime.convolution_state import ConvolutionState
 from kvcompile.runtime.native import NativeTable
+from kvcompile.runtime.session_file import save_session
 from kvcompile.runtime.store import KVStore, Settling
 
 if TYPE_CHECKING:
@@ -137,13 +139,22 @@ class Session:
         self.convolutions = tuple(state.rolled_back(tokens) for state in self.convolutions)
         del self.tokens[len(self) - tokens :]
 
+    def save(self, path: str | Path) -> None:
+        """Writes the session to a file, from which `CompiledModel.restore` makes an equal one, in this process or another.
+
+        Everything that it needs is in the file, what it shares with other sessions too.  The file appears whole or not at all: until it
+        does, what stood at `path` is as it was.  Anybody who may read the file may read the text.
+        Raises SessionError where the file cannot be written, and for a store of a kind that no file keeps.
+        """
+        save_session(self, path)
+
     def nbytes(self) -> int:
         """Bytes that this session holds itself: keys and values (0 for an empty one and for a fresh fork's shared past), indexes and
         samples of queries (what a fork shares counts for both), and the inputs of its convolutions."""
         return sum(store.nbytes() for stores in self._stores for store in stores) + sum(state.nbytes() for state in self.convolutions)
 
     def shared_nbytes(self) -> int:
-        """Bytes of keys and values that it reads from the sessions it was forked from."""
+        """Bytes of keys and values that it reads from the sessions it was forked from, or from the file that it was restored from."""
         return sum(store.shared_nbytes() for stores in self._stores for store in stores)
 
     def stores(self, site: int) -> list[KVStore]:

@@ -19,7 +19,7 @@ from kvcompile.runtime.merge import AttentionState, merge_states
 from kvcompile.runtime.query_sample import QuerySample
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.spans import Span
-from kvcompile.runtime.store import RowStore, Settling
+from kvcompile.runtime.store import RowStore, Settling, StoreState, saved
 
 
 class StaticStore:
@@ -136,6 +136,30 @@ class StaticStore:
         child.sample = self.sample.copy()
         child._key_HKD, child._value_HKE, child._chosen_end = self._key_HKD, self._value_HKE, self._chosen_end
         return child
+
+    def state(self) -> StoreState:
+        """As SavedStore: the prompt, or what was chosen of it and the window."""
+        inner = {"sample": self.sample.state()}
+        if self.rows is not None:
+            return StoreState("static", {"chosen_end": 0}, {}, inner | {"rows": saved(self.rows).state()})
+        assert self._key_HKD is not None and self._value_HKE is not None
+        tensors = {"keys": self._key_HKD, "values": self._value_HKE}
+        return StoreState("static", {"chosen_end": self._chosen_end}, tensors, inner | {"ring": self.ring.state()})
+
+    def restore(self, state: StoreState) -> None:
+        """As SavedStore."""
+        end, rows = state.of_kind("static").whole("chosen_end"), self.rows
+        assert rows is not None, "it has chosen already"
+        self.sample.restore(state.inner["sample"])
+        if "rows" in state.inner:
+            saved(rows).restore(state.inner["rows"])
+            return
+        self.ring.restore(state.inner["ring"])
+        heads, keys, dtype = self.ring.kv_heads, self.zone.keys, self.ring.dtype
+        self._key_HKD = state.tensor("keys", dtype, heads, keys, self.ring.head_dim).clone()
+        self._value_HKE = state.tensor("values", dtype, heads, keys, self.ring.value_dim).clone()
+        self._chosen_end = end
+        self.rows = None
 
     def nbytes(self) -> int:
         """Keys and values of window and chosen keys, or of the prompt; and the sample of its queries."""

@@ -5,11 +5,14 @@ Letters: H KV heads, S new tokens, D head_dim, E value_dim.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from kvcompile.ir.errors import Problem
+from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.runtime.spans import Span
 
 
@@ -75,6 +78,61 @@ class Paged(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StoreState:
+    """All that a store, or a part of it, needs to go on elsewhere, and nothing that the plan says: what a file keeps of it.
+
+    kind: what wrote it.  numbers: as JSON has them.  tensors: of a state that was read, views of the file, which are never written to.
+    inner: states of its parts.
+    """
+
+    kind: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    inner: Mapping[str, StoreState] = field(default_factory=dict)
+
+    def of_kind(self, kind: str) -> StoreState:
+        """Itself.  Raises ValueError where another kind of store wrote it."""
+        if self.kind != kind:
+            raise ValueError(f"it is the state of another kind of store: {self.kind}, not {kind}")
+        return self
+
+    def whole(self, name: str, least: int = 0, most: int | None = None) -> int:
+        """A number.  Raises ValueError where it is no whole one, or none from `least` to `most`."""
+        number = self.numbers[name]
+        if type(number) is not int or number < least or number > (_MOST if most is None else most):
+            raise ValueError(f"{name} is {number!r}")
+        return number
+
+    def tensor(self, name: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
+        """A tensor.  Raises ValueError where its dtype or shape is another; None: any size."""
+        found = self.tensors[name]
+        fits = len(shape) == found.dim() and all(want in (None, size) for want, size in zip(shape, found.shape, strict=True))
+        if found.dtype != dtype or not fits:
+            raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, not {dtype} {list(shape)}")
+        return found
+
+
+_MOST = 1 << 40  # of any number of tokens or bytes that a state tells
+
+
+@runtime_checkable
+class SavedStore(Protocol):
+    """A store that can be kept in a file (runtime/session_file.py)."""
+
+    def state(self) -> StoreState:
+        """What `restore` makes an equal store from; what was forked is in it too.  Tensors are copies, or never change."""
+        ...
+
+    def restore(self, state: StoreState) -> None:
+        """Makes an empty store equal to the one that gave the state: to the bit, but where keys lie otherwise in memory.
+
+        Where it can it reads the state's tensors where they are.  Raises KeyError, TypeError or ValueError for what `state` never gives,
+        and the store is then of no use.
+        """
+        ...
+
+
 class RowStore(KVStore, Protocol):
     """A store that keeps every token, and gives any of them."""
 
@@ -103,6 +161,14 @@ class RowStore(KVStore, Protocol):
         ...
 
     def fork(self) -> RowStore: ...
+
+
+def saved(store: object) -> SavedStore:
+    """The store itself.  Raises SessionError where it is of a kind that no file keeps."""
+    if isinstance(store, SavedStore):
+        return store
+    what = f"{type(store).__name__} cannot be kept in a session file."
+    raise SessionError(Problem("save", what, "Take the policies that use it out, or keep the tokens and read them again."))
 
 
 def rollback_range_problem(tokens: int, held_tokens: int) -> Problem | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -132,6 +132,16 @@ class KeyIndex(Protocol):
         ...
 
 
+@runtime_checkable
+class Shaped(Protocol):
+    """An index whose tensors must fit the keys: kernels read both without asking."""
+
+    @property
+    def shape(self) -> tuple[int, int, int | None]:
+        """KV heads, head_dim, and value_dim if it knows values."""
+        ...
+
+
 class IndexKind(IndexFacts, Protocol):
     """One kind of index: what makes them."""
 
@@ -140,5 +150,6 @@ class IndexKind(IndexFacts, Protocol):
         ...
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> KeyIndex:
-        """What `KeyIndex.state` gave.  Raises KeyError or ValueError for what it did not."""
+        """What `KeyIndex.state` gave.  Raises KeyError, TypeError or ValueError for what it did not give, before anything reads it that
+        would go astray.  It keeps the tensors."""
         ...
