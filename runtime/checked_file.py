@@ -91,7 +91,7 @@ class CheckedWriter:
         """Writes a section; returns what `CheckedFile.tensor` finds it by.  name: what a message calls it."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         assert dtype in _DTYPES, dtype
-        data = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
         padding = bytes(file_pages(len(data)) - len(data))
         with ThreadPoolExecutor(1) as pool:  # both take about as long, and neither holds the interpreter
             digest = pool.submit(_sha256, data, padding)

@@ -95,7 +95,7 @@ class CompiledModel:
         Keys and values are read where the file lies, by all processes from the same memory; new tokens go to memory of the session's own.
         The file may be removed or replaced meanwhile, but must not be cut off or overwritten in place: a process that reads what is gone is
         ended by the system (SIGBUS).
-        Raises SessionError for what is no session file, is damaged, or was saved by another model, under another plan or by a later version.
+        Raises SessionError for what is no session file, is damaged, or is of another model, another plan or another version.
         """
         stores, convolutions = self.empty_stores(), tuple(map(ConvolutionState.empty, self.plan.convolutions))
         convolutions, tokens = read_session(self, path, stores, convolutions)

@@ -52,7 +52,7 @@ def save_session(session: Session, path: str | Path) -> None:
 def read_session(
     model: CompiledModel, path: str | Path, stores: Sequence[Sequence[KVStore]], convolutions: Sequence[ConvolutionState]
 ) -> tuple[tuple[ConvolutionState, ...], list[int]]:
-    """What a session is made of: fills empty stores, returns the states of convolutions and the token ids.  Raises as CompiledModel.restore."""
+    """Fills empty stores; returns the states of convolutions and the token ids.  Raises as CompiledModel.restore."""
     with open_checked(path, SESSION_FILE) as file:
         with file.believed():
             _check_belongs(file, model)  # before what may be gigabytes is read
@@ -89,9 +89,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "sites": [
             {
                 "site": _without(asdict(each.site), "path"),
-                "groups": [
-                    {"kv_heads": group.kv_heads, "device": group.device, "policy": _policy_facts(group)} for group in each.groups
-                ],
+                "groups": [{"kv_heads": group.kv_heads, "device": group.device, "policy": _policy_facts(group)} for group in each.groups],
             }
             for each in plan.sites
         ],
@@ -141,12 +139,12 @@ def _check_belongs(file: CheckedFile, model: CompiledModel) -> None:
 def first_difference(written: Any, here: Any, place: str = "") -> tuple[str, Any, Any] | None:
     """Where two JSON values differ first, and what stands there; None where they are equal."""
     if isinstance(written, dict) and isinstance(here, dict) and written.keys() == here.keys():
-        parts = [(f"{place}.{key}", written[key], here[key]) for key in here]
+        parts = [(f"{place}.{key}", (written[key], here[key])) for key in here]
     elif isinstance(written, list) and isinstance(here, list) and len(written) == len(here):
-        parts = [(f"{place}[{number}]", *pair) for number, pair in enumerate(zip(written, here, strict=True))]
+        parts = [(f"{place}[{number}]", pair) for number, pair in enumerate(zip(written, here, strict=True))]
     else:
         return None if written == here else (place, written, here)
-    return next((found for name, *pair in parts if (found := first_difference(*pair, name)) is not None), None)
+    return next((found for name, pair in parts if (found := first_difference(*pair, name)) is not None), None)
 
 
 def _place(place: str, plan: Plan) -> str:

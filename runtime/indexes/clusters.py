@@ -24,6 +24,7 @@ from kvcompile.ir.policy import Select
 from kvcompile.ir.published_indexes import ClustersFacts
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.lists import listed
+from kvcompile.runtime.indexes.restoring import borders, permuted, shaped, share, soft_cap, whole
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.indexes.spherical import cluster_sums, nearest_centre, spherical_centres
 from kvcompile.runtime.merge import AttentionState
@@ -53,6 +54,11 @@ class ClustersIndex:
         self.centre_HND, self.mean_HNE, self.size_HN, self.order_HT = parts
         self._first, self._end, self._made_from = first, end, made_from
         self._tokens_per_cluster, self._estimate, self._soft_cap = tokens_per_cluster, estimate, soft_cap
+
+    @property
+    def shape(self) -> tuple[int, int, int | None]:
+        heads, _, head_dim = self.centre_HND.shape
+        return heads, head_dim, self.mean_HNE.shape[2]
 
     @property
     def first(self) -> int:
@@ -198,13 +204,18 @@ class Clusters(ClustersFacts):
         return ClustersIndex(first, first + tokens, tokens, tokens_per_cluster, estimate, prompt.soft_cap, parts)
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> ClustersIndex:
-        parts = tuple(tensors[name] for name in ("centre", "mean", "size", "order"))
-        centre_HND, mean_HNE, size_HN, order_HT = parts
-        sizes = numbers["first"], numbers["end"], numbers["made_from"], numbers["tokens_per_cluster"], numbers["estimate"]
-        if centre_HND.dim() != 3 or centre_HND.shape[:2] != size_HN.shape or mean_HNE.dim() != 3 or mean_HNE.shape[:2] != size_HN.shape:
-            raise ValueError(f"clusters of shapes {tuple(centre_HND.shape)}, {tuple(mean_HNE.shape)} and {tuple(size_HN.shape)}")
-        if order_HT.shape[:1] != size_HN.shape[:1] or order_HT.dim() != 2 or bool((size_HN.sum(1) != order_HT.shape[1]).any()):
-            raise ValueError(f"clusters of {size_HN.sum(1).tolist()} keys, and an order of shape {tuple(order_HT.shape)}")
-        if not torch.equal(order_HT.long().sort(1).values, torch.arange(order_HT.shape[1]).expand_as(order_HT)):
-            raise ValueError("a key is in no cluster")
-        return ClustersIndex(*sizes, numbers["soft_cap"], parts)
+        centre_HND = shaped(tensors, "centre", None, None, None, None)
+        heads, clusters, _ = centre_HND.shape
+        mean_HNE, size_HN = shaped(tensors, "mean", None, heads, clusters, None), shaped(tensors, "size", torch.int32, heads, clusters)
+        order_HT = shaped(tensors, "order", torch.int32, heads, None)
+        clustered = order_HT.shape[1]
+        if bool((size_HN < 0).any()) or bool((size_HN.sum(1) != clustered).any()):
+            raise ValueError(f"clusters of {size_HN.sum(1).tolist()} keys, and an order of {clustered}")
+        permuted("order", order_HT, 0)
+        first, end = borders(numbers)
+        made_from, of_each = whole(numbers, "made_from", 0, clustered), whole(numbers, "tokens_per_cluster", 1)
+        updates, waiting = (clustered - made_from) % UPDATE_TOKENS, end - first - clustered
+        if updates or waiting < 0:
+            raise ValueError(f"{clustered} of {end - first} keys are in clusters, {made_from} of them from the beginning")
+        sizes = first, end, made_from, of_each, share(numbers, "estimate")
+        return ClustersIndex(*sizes, soft_cap(numbers), (centre_HND, mean_HNE, size_HN, order_HT))

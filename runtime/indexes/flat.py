@@ -14,6 +14,7 @@ from torch import Tensor
 from kvcompile.ir.indexes import FlatFacts
 from kvcompile.ir.policy import Select
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.restoring import borders, soft_cap, whole
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.merge import AttentionState
 
@@ -80,4 +81,4 @@ class Flat(FlatFacts):
         return FlatIndex(first, first + tokens, prompt.soft_cap, heads * head_dim * prompt.key_HTD.dtype.itemsize)
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> FlatIndex:
-        return FlatIndex(numbers["first"], numbers["end"], numbers["soft_cap"], numbers["key_bytes"])
+        return FlatIndex(*borders(numbers), soft_cap(numbers), whole(numbers, "key_bytes"))

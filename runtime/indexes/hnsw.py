@@ -29,6 +29,7 @@ from kvcompile.ir.policy import Select
 from kvcompile.ir.published_indexes import HnswFacts
 from kvcompile.runtime.indexes.gather import keys_at
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.restoring import borders, shaped, whole
 from kvcompile.runtime.indexes.select import share_chosen
 from kvcompile.runtime.merge import AttentionState
 
@@ -125,6 +126,10 @@ class HnswIndex:
         self._shared = False
 
     @property
+    def shape(self) -> tuple[int, int, int | None]:
+        return *self.mean_HD.shape, None
+
+    @property
     def first(self) -> int:
         return self._first
 
@@ -207,14 +212,16 @@ class Hnsw(HnswFacts):
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> HnswIndex:
         _library()  # a file is not damaged because it is missing
-        mean_HD, base_HTD, tail_HTD = (tensors[name] for name in ("mean", "base", "tail"))
+        mean_HD = shaped(tensors, "mean", torch.float32, None, None)
+        heads, head_dim = mean_HD.shape
+        base_HTD, tail_HTD = (shaped(tensors, name, torch.float32, heads, None, head_dim) for name in ("base", "tail"))
+        first = whole(numbers, "first")
+        borders({"first": first, "end": first + base_HTD.shape[1] + tail_HTD.shape[1]})
         faults = self.check(numbers["sizes"])
         if faults:
             raise ValueError(f"{faults[0].option} {faults[0].what}")
-        if any(each.dim() != 3 or each[:, 0:0].shape[::2] != mean_HD.shape for each in (base_HTD, tail_HTD)):
-            raise ValueError(f"keys of shapes {tuple(base_HTD.shape)} and {tuple(tail_HTD.shape)}, their mean of {tuple(mean_HD.shape)}")
         sizes = Sizes(**numbers["sizes"])
-        base, tail = (Graphs(len(mean_HD), mean_HD.shape[1], sizes) for _ in range(2))
+        base, tail = (Graphs(heads, head_dim, sizes) for _ in range(2))
         base.add(base_HTD)
         tail.add(tail_HTD)
-        return HnswIndex(numbers["first"], mean_HD, sizes, base, tail)
+        return HnswIndex(first, mean_HD, sizes, base, tail)

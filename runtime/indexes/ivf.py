@@ -21,6 +21,7 @@ from kvcompile.ir.published_indexes import IvfFacts
 from kvcompile.runtime.indexes.gather import keys_at
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.lists import listed
+from kvcompile.runtime.indexes.restoring import borders, shaped, whole
 from kvcompile.runtime.indexes.select import share_chosen
 from kvcompile.runtime.indexes.spherical import nearest_centre, spherical_centres
 from kvcompile.runtime.merge import AttentionState
@@ -47,6 +48,10 @@ class IvfIndex:
         lists = self.centre_HLD.shape[1]
         every_HL = torch.arange(lists + 1, dtype=list_HT.dtype).expand(len(list_HT), -1).contiguous()
         self.start_HL = torch.searchsorted(sorted_HT, every_HL).int()
+
+    @property
+    def shape(self) -> tuple[int, int, int | None]:
+        return *self.mean_HD.shape, None
 
     @property
     def first(self) -> int:
@@ -128,18 +133,11 @@ class Ivf(IvfFacts):
         return IvfIndex(first, probe, row_bytes, centre_HLD, mean_HD, list_HT.to(torch.int16))
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> IvfIndex:
-        centre_HLD, mean_HD, list_HT = (tensors[name] for name in ("centre", "mean", "list"))
+        centre_HLD = shaped(tensors, "centre", torch.bfloat16, None, None, None)
         heads, lists, head_dim = centre_HLD.shape
-        if (
-            centre_HLD.dtype != torch.bfloat16
-            or mean_HD.shape != (heads, head_dim)
-            or list_HT.dim() != 2
-            or len(list_HT) != heads
-            or list_HT.dtype != torch.int16
-        ):
-            raise ValueError(f"lists of shape {tuple(list_HT.shape)} for centres of shape {tuple(centre_HLD.shape)}")
+        mean_HD, list_HT = shaped(tensors, "mean", torch.float32, heads, head_dim), shaped(tensors, "list", torch.int16, heads, None)
+        first, probe, row_bytes = whole(numbers, "first"), whole(numbers, "probe", 1, lists), whole(numbers, "row_bytes")
+        borders({"first": first, "end": first + list_HT.shape[1]})
         if list_HT.numel() and not 0 <= int(list_HT.min()) <= int(list_HT.max()) < lists:
-            raise ValueError(f"a key is in list {int(list_HT.max())} of {lists}")
-        if not 1 <= numbers["probe"] <= lists:
-            raise ValueError(f"{numbers['probe']} of {lists} lists")
-        return IvfIndex(numbers["first"], numbers["probe"], numbers["row_bytes"], centre_HLD, mean_HD, list_HT)
+            raise ValueError(f"keys are in the lists {int(list_HT.min())} to {int(list_HT.max())} of {lists}")
+        return IvfIndex(first, probe, row_bytes, centre_HLD, mean_HD, list_HT)

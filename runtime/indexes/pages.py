@@ -25,6 +25,7 @@ from torch import Tensor
 from kvcompile.ir.policy import Select
 from kvcompile.ir.published_indexes import CuboidFacts, MeanFacts, MinMaxFacts, PageFacts, RepresentativesFacts
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.restoring import borders, shaped, soft_cap, whole
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.merge import AttentionState
 from kvcompile.runtime.spans import Span
@@ -50,6 +51,11 @@ class PageIndex:
         self._first, self._end = first, end
         self._soft_cap = soft_cap
         self._query_HD = query_HD
+
+    @property
+    def shape(self) -> tuple[int, int, int | None]:
+        heads, _, _, head_dim = self.digest_HNVD.shape
+        return heads, head_dim, None
 
     @property
     def first(self) -> int:
@@ -188,16 +194,17 @@ class _Pages(PageFacts):
         return PageIndex(self, options, first, first + tokens, digest_HNVD, prompt.soft_cap, query_HD)
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> PageIndex:
-        options, first, end, digest_HNVD = numbers["options"], numbers["first"], numbers["end"], tensors["digest"]
+        options, (first, end) = numbers["options"], borders(numbers)
         faults = self.check(options)
         if faults:
             raise ValueError(f"{faults[0].option} {faults[0].what}")
-        query_HD = tensors["query"] if isinstance(self, RepresentativesFacts) else None
-        if digest_HNVD.dim() != 4 or digest_HNVD.shape[2] != self.vectors or digest_HNVD.shape[1] * options["page_tokens"] > end - first:
-            raise ValueError(f"digests of shape {tuple(digest_HNVD.shape)} for {end - first} tokens")
-        if query_HD is not None and query_HD.shape != (digest_HNVD.shape[0], digest_HNVD.shape[3]):
-            raise ValueError(f"a mean query of shape {tuple(query_HD.shape)}")
-        return PageIndex(self, options, first, end, digest_HNVD, numbers["soft_cap"], query_HD)
+        page_tokens = whole(options, "page_tokens", 1)
+        digest_HNVD = shaped(tensors, "digest", None, None, None, self.vectors, None)
+        heads, pages, _, head_dim = digest_HNVD.shape
+        query_HD = shaped(tensors, "query", torch.float32, heads, head_dim) if isinstance(self, RepresentativesFacts) else None
+        if pages * page_tokens > end - first:
+            raise ValueError(f"{pages} pages of {page_tokens} for {end - first} tokens")
+        return PageIndex(self, options, first, end, digest_HNVD, soft_cap(numbers), query_HD)
 
 
 class MinMax(_Pages, MinMaxFacts):

@@ -28,6 +28,7 @@ from kvcompile.ir.graph_facts import GRAPH_ENTRIES, RoarGraphFacts
 from kvcompile.ir.policy import Select
 from kvcompile.runtime.address_space import reserve
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.restoring import borders, notes, shaped, share, whole
 from kvcompile.runtime.indexes.select import share_chosen
 from kvcompile.runtime.merge import AttentionState
 from kvcompile.runtime.native_graph import Graphs, Shape, Walks, graph_library
@@ -86,6 +87,11 @@ class RoarGraphIndex:
         self._shape, self._ef, self._walks_per_head, self._key_bytes = shape, ef, walks_per_head, key_bytes
         self._recall, self._notes = recall, notes
         self.walked = Walked()
+
+    @property
+    def shape(self) -> tuple[int, int, int | None]:
+        heads, _, dim = self._room.mean_HUD.shape
+        return heads, dim, None
 
     @property
     def first(self) -> int:
@@ -255,33 +261,64 @@ class RoarGraph(RoarGraphFacts):
         return index
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> RoarGraphIndex:
-        graphs, shape = Graphs(*(tensors[field.name] for field in fields(Graphs))), Shape(**numbers["shape"])
+        rows_THUS = shaped(tensors, "rows_THUS", torch.int32, None, None, None, None)
+        nodes, heads, of_each, slots = rows_THUS.shape
+        dim = shaped(tensors, "mean_HUD", torch.float32, heads, of_each, None).shape[2]
+        shaped(tensors, "norm_THU", torch.float32, nodes, heads, of_each)
+        shaped(tensors, "entries_HUX", torch.int32, heads, of_each, GRAPH_ENTRIES)
+        shaped(tensors, "metric_HUDD", torch.float32, heads, of_each, dim, dim)
+        if 0 in (heads, of_each, slots, dim):
+            raise ValueError(f"graphs of the shape {list(rows_THUS.shape)}")
+        graphs = Graphs(*(tensors[field.name] for field in fields(Graphs)))
+        of_shape = numbers["shape"]
+        sizes = {field.name: whole(of_shape, field.name, 1) for field in fields(Shape)}
+        shape = Shape(**sizes)
+        first, tokens = whole(numbers, "first"), whole(numbers, "tokens", nodes)
+        made, ef = whole(numbers, "made", 0, nodes), whole(numbers, "ef")
+        walks_per_head, key_bytes = whole(numbers, "walks_per_head", 1), whole(numbers, "key_bytes")
+        recall = None if numbers["recall"] is None else share(numbers, "recall")
+        borders({"first": first, "end": first + tokens})
+        if not shape.degree < slots:
+            raise ValueError(f"a degree of {shape.degree} in {slots} slots")
         if _digest(tensors) != numbers["sha256"]:
             raise ValueError("the graph's checksum is another")
-        rows_THUS, dim = graphs.rows_THUS, graphs.mean_HUD.shape[-1]
-        nodes, heads, of_each, slots = rows_THUS.shape
-        entries = heads, of_each, GRAPH_ENTRIES
-        sizes = [(nodes, heads, of_each, slots), (nodes, heads, of_each), entries, (heads, of_each, dim, dim), (heads, of_each, dim)]
-        types = [torch.int32, torch.float32, torch.int32, torch.float32, torch.float32]
-        for tensor, size, dtype in zip(vars(graphs).values(), sizes, types, strict=True):
-            if tensor.dtype != dtype or tensor.shape != size or 0 in size[1:]:
-                raise ValueError(f"{tensor.dtype} {list(tensor.shape)} is no part of such a graph")
         for named in (rows_THUS, graphs.entries_HUX):
             if bool(((named < -1) | (named >= max(1, nodes))).any()):
                 raise ValueError("it names nodes that are not there")
         if bool(((rows_THUS[..., 1:] >= 0) & (rows_THUS[..., :-1] < 0)).any()):
             raise ValueError("a row has a gap")
-        counted = {name: numbers[name] for name in ("first", "tokens", "made", "ef", "walks_per_head", "key_bytes")}
-        if any(type(number) is not int or number < 0 for number in (*counted.values(), *asdict(shape).values())):
-            raise ValueError("a number is none")
-        if not (counted["made"] <= nodes <= counted["tokens"] and 0 < shape.degree < slots):
-            raise ValueError("its sizes do not fit each other")
-        if min(shape.width, shape.looked_at, shape.joined, counted["walks_per_head"]) < 1:
-            raise ValueError("a size is 0")
-        first = counted.pop("first")
-        index = RoarGraphIndex(first, graphs, shape=shape, recall=numbers["recall"], notes=tuple(numbers["notes"]), **counted)
+        if nodes and not bool((rows_THUS[..., -1] < 0).any(0).all()):
+            raise ValueError("no node has room for a link")
+        for head in range(heads):
+            for graph in range(of_each):
+                _check_reachable(rows_THUS[:, head, graph], graphs.entries_HUX[head, graph])
+        index = RoarGraphIndex(
+            first,
+            graphs,
+            tokens=tokens,
+            made=made,
+            shape=shape,
+            ef=ef,
+            walks_per_head=walks_per_head,
+            key_bytes=key_bytes,
+            recall=recall,
+            notes=notes(numbers),
+        )
         index._shared = True  # with whoever gave the tensors
         return index
+
+
+def _check_reachable(row_TS: Tensor, entry_X: Tensor) -> None:
+    """Raises ValueError where a walk from the entries cannot come to every node: it would find fewer than it is asked for."""
+    reached_T = torch.zeros(len(row_TS), dtype=torch.bool)
+    front_N = entry_X[entry_X >= 0].long() if len(row_TS) else entry_X.new_zeros(0)
+    while len(front_N):
+        reached_T[front_N] = True
+        link_N = row_TS[front_N].flatten()
+        link_N = link_N[link_N >= 0].long()
+        front_N = link_N[~reached_T[link_N]].unique()
+    if not bool(reached_T.all()):
+        raise ValueError(f"no walk comes to {int((~reached_T).sum())} of {len(reached_T)} nodes")
 
 
 def _training(first: int, prompt: Prompt, graphs: int, most: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:

@@ -23,25 +23,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvcompile.ir.indexes import BLOCK_TOKENS, RUNS_TOGETHER, SketchFacts
+from kvcompile.ir.indexes import BLOCK_TOKENS, RUN_AXES, RUNS_TOGETHER, SketchFacts
 from kvcompile.ir.policy import Select
 from kvcompile.runtime import native_sketch
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.restoring import MOST_TOKENS, borders, notes, permuted, shaped, share, soft_cap, whole
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.indexes.sketch_basis import Basis, fit_basis
-from kvcompile.runtime.indexes.sketch_codes import SLOTS, levels, to_slots, unpack
+from kvcompile.runtime.indexes.sketch_codes import LANES, SLOTS, levels, to_slots, unpack
 from kvcompile.runtime.indexes.sketch_gaps import QUERIES, Gap, Measured, guess_gap, low_runs, measure, near_runs
 from kvcompile.runtime.indexes.sketch_rows import Centres, Rows, encode, encode_all
 from kvcompile.runtime.merge import AttentionState, merge_states
 
 _DRIFT = 1.5  # so many times the error of the prompt's queries, and the basis no longer fits
 _KEYS_AT_ONCE = 16384  # of which the true logits are computed
+MOST_UNITS = 64  # of a key, that kernels have room for (kMaxUnits)
 _SMALL_ERROR = 0.05  # nats: an error below it is as good as none
 
 
@@ -87,6 +89,10 @@ class SketchIndex:
         self.batch_ends = batch_ends
         self._first = first
         self._notes = notes
+
+    @property
+    def shape(self) -> tuple[int, int, int | None]:
+        return *self.basis.centre_HD.shape, self.basis.value_centre_HE.shape[1]
 
     @property
     def first(self) -> int:
@@ -301,25 +307,63 @@ def build_sketch(first: int, prompt: Prompt, units: int, run_units: int, scanned
 
 
 def restore_sketch(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> SketchIndex:
-    """What `SketchIndex.state` gave."""
-    basis = Basis(**{field.name: tensors[field.name] for field in fields(Basis)})
-    centres = Centres(**{field.name: tensors[f"centres.{field.name}"] for field in fields(Centres)})
-    parts = tuple(
-        Rows(**{field.name: tensors[f"{field.name}.{number}"] for field in fields(Rows)})
-        for number in range(sum(name.startswith("position_HT.") for name in tensors))
+    """What `SketchIndex.state` gave; kernels read all of it, so every size, position and level is looked at."""
+    basis = _checked_basis(tensors)
+    (heads, _), value_dim = basis.centre_HD.shape, basis.value_centre_HE.shape[1]
+    first, ends = whole(numbers, "first"), numbers["batch_ends"]
+    parts: list[Rows] = []
+    for number in range(2 if ends else 1):
+        position_HT = shaped(tensors, f"position_HT.{number}", torch.int32, heads, None)
+        tokens = position_HT.shape[1]
+        at = first + sum(part.tokens for part in parts)
+        borders({"first": at, "end": at + tokens})
+        permuted(f"position_HT.{number}", position_HT, at)
+        rows = Rows(
+            shaped(tensors, f"codes_HNUB.{number}", torch.uint8, heads, tokens // LANES, basis.units, 4 * LANES),
+            position_HT,
+            shaped(tensors, f"mean_HRE.{number}", torch.int8, heads, tokens // BLOCK_TOKENS, value_dim),
+            shaped(tensors, f"mean_scale_HR.{number}", torch.float32, heads, tokens // BLOCK_TOKENS),
+        )
+        if not tokens:
+            raise ValueError("a part has no key")
+        parts.append(rows)
+    increasing = all(type(end) is int and end % BLOCK_TOKENS == 0 for end in ends) and sorted({0, *ends}) == [0, *ends]
+    if not increasing or (ends and ends[-1] != parts[1].tokens):
+        raise ValueError(f"its batches end at {ends}")
+    runs = parts[0].runs
+    together = -(-runs // RUNS_TOGETHER)
+    centres = Centres(
+        shaped(tensors, "centres.codes_HSUB", torch.uint8, heads, together * RUNS_TOGETHER // LANES, basis.run_units, 4 * LANES),
+        shaped(tensors, "centres.bias_HR", torch.float32, heads, runs),
+        shaped(tensors, "centres.mean_HSE", torch.int8, heads, together, value_dim),
+        shaped(tensors, "centres.mean_scale_HS", torch.float32, heads, together),
     )
-    return SketchIndex(
-        numbers["first"],
-        basis,
-        numbers["soft_cap"],
-        tuple(numbers["notes"]),
-        numbers["scanned"],
-        numbers["chosen"],
-        parts,
-        centres,
-        tensors["gaps_HN"],
-        tensors["error_H"],
-        tuple(numbers["batch_ends"]),
+    gaps_HN, error_H = shaped(tensors, "gaps_HN", torch.float32, heads, len(Gap)), shaped(tensors, "error_H", torch.float32, heads)
+    shares = share(numbers, "scanned"), share(numbers, "chosen", MOST_TOKENS)
+    return SketchIndex(first, basis, soft_cap(numbers), notes(numbers), *shares, tuple(parts), centres, gaps_HN, error_H, tuple(ends))
+
+
+def _checked_basis(tensors: Mapping[str, Tensor]) -> Basis:
+    key_HDC = shaped(tensors, "key_HDC", torch.float32, None, None, None)
+    heads, head_dim, coordinates = key_HDC.shape
+    value_axes_HEP = shaped(tensors, "value_axes_HEP", torch.float32, heads, None, RUN_AXES)
+    step_HS, run_step_HS = (shaped(tensors, name, torch.float32, heads, None) for name in ("step_HS", "run_step_HS"))
+    fine_H = shaped(tensors, "fine_H", torch.int64, heads)
+    slots = [step_HS.shape[1], run_step_HS.shape[1], coordinates]
+    if any(size % SLOTS or not 0 < size <= MOST_UNITS * SLOTS for size in slots):
+        raise ValueError(f"{slots} slots of keys, of runs, and coordinates")
+    if bool((fine_H < 0).any()) or bool((fine_H * SLOTS > step_HS.shape[1]).any()):
+        raise ValueError(f"{fine_H.tolist()} of {step_HS.shape[1] // SLOTS} units are fine")
+    return Basis(
+        shaped(tensors, "centre_HD", torch.float32, heads, head_dim),
+        key_HDC,
+        shaped(tensors, "query_HXC2", torch.bfloat16, heads, -(-head_dim // 2), coordinates, 2),
+        step_HS,
+        fine_H,
+        run_step_HS,
+        shaped(tensors, "value_centre_HE", torch.float32, heads, value_axes_HEP.shape[1]),
+        shaped(tensors, "key_axes_HCP", torch.float32, heads, coordinates, RUN_AXES),
+        value_axes_HEP,
     )
 
 

@@ -313,8 +313,8 @@ def test_a_file_holds_an_equal_index(tmp_path):
     index = build(given, 64, 1024, per="query_head")
     grown(given, index, 1120)
     index.add(given.key_HTD[:, 1088:1120], given.key_HTD[:, 1088:1120])
-    save_index(tmp_path / "index.safetensors", "roargraph", index)
-    loaded = load_index(tmp_path / "index.safetensors")
+    save_index(tmp_path / "index", "roargraph", index)
+    loaded = load_index(tmp_path / "index")
     for each in (index, loaded):
         each.add(given.key_HTD[:, 1120:1152], given.key_HTD[:, 1120:1152])
     found = [each.search(given.query_HGTD[:, :, 1200], 25, "union", given.keys).position_HGK for each in (index, loaded)]
@@ -362,7 +362,7 @@ def test_a_forged_checksum_does_not_lead_out_of_the_graph(damage, monkeypatch):
 
 
 def test_a_damaged_file_is_refused(tmp_path):
-    path = tmp_path / "index.safetensors"
+    path = tmp_path / "index"
     save_index(path, "roargraph", build(past(640), 0, 640))
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1
