@@ -1,4 +1,4 @@
-"""`kvcompile inspect`: what kvcompile sees in a model, before anybody writes a spec for it."""
+"""`kvcompile inspect`: what kvcompile sees in a model, before anybody writes a spec for it; and what files of sessions and indexes hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch import nn
 from kvcompile.compiler import run_passes
 from kvcompile.ir.errors import Problem, UnsupportedGraphError
 from kvcompile.ir.sites import AttentionSite
-from kvcompile.report import Table
+from kvcompile.report import Table, format_bytes
+from kvcompile.runtime.checked_file import CheckedFile, file_kind, open_checked
+from kvcompile.runtime.indexes.registry import INDEX_FILE
+from kvcompile.runtime.session_file import SESSION_FILE
 
 _FRONT_ENDS = {
     "interface": "transformers' attention interface",
@@ -97,6 +100,77 @@ def inspect_model(model: str | Path | nn.Module, *, progress: Callable[[str], No
         notes=(*unit.warnings, *unit.plan.notes),
         refused=(),
     )
+
+
+@dataclass(frozen=True)
+class KeptFile:
+    """A session or an index in a file, every byte of which is as it was written.
+
+    facts: by name.  parts: of a session, stores that are alike: their attentions, KV heads of one, kind, how keys lie, and bytes of all.
+    """
+
+    path: str
+    holds: str
+    format: int
+    written_by: str
+    nbytes: int
+    facts: dict[str, Any]
+    parts: tuple[tuple[str, ...], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        head = f"{self.path}: {self.holds}, format {self.format}, written by kvcompile {self.written_by}"
+        return [head, *(f"{name}: {value}" for name, value in self.facts.items()), f"{format_bytes(self.nbytes)}, every checksum is right"]
+
+    def table(self) -> Table:
+        return Table(("attentions", "KV heads", "store", "keys lie in", "bytes"), self.parts, right=frozenset({4}))
+
+
+def inspect_file(path: str | Path) -> KeptFile | None:
+    """What a session file or an index file holds; None of anything else.  Raises SessionError where it is damaged."""
+    kind = file_kind(path, (SESSION_FILE, INDEX_FILE))
+    if kind is None:
+        return None
+    with open_checked(path, kind) as file:
+        file.read_sections()
+        with file.believed():
+            facts, parts = _session_facts(file) if kind is SESSION_FILE else _index_facts(file)
+    return KeptFile(str(path), kind.noun, kind.format, file.written_by, file.nbytes, facts, parts)
+
+
+def _index_facts(file: CheckedFile) -> tuple[dict[str, Any], tuple[tuple[str, ...], ...]]:
+    content = file.content
+    return {"kind": content["kind"], "first position": content["numbers"]["first"], "tensors": len(content["tensors"])}, ()
+
+
+def _session_facts(file: CheckedFile) -> tuple[dict[str, Any], tuple[tuple[str, ...], ...]]:
+    content = file.content
+    model = content["model"]
+    facts = {"model": f"{model['name']} (hash {model['hash'][:12]})", "tokens": len(file.tensor(content["tokens"]))}
+    if content["convolutions"]:
+        facts["short convolutions"] = len(content["convolutions"])
+    alike: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
+    for site, (own, states) in enumerate(zip(content["plan"]["facts"]["sites"], content["stores"], strict=True)):
+        for group, state in zip(own["groups"], states, strict=True):
+            name = f"{state['kind']} with {state['inner']['index']['kind']}" if "index" in state["inner"] else str(state["kind"])
+            key = str(len(group["kv_heads"])), name, _layout(state)
+            alike.setdefault(key, []).append((site, _state_bytes(file, state)))
+    parts = [(str(len({site for site, _ in found})), *key, format_bytes(sum(size for _, size in found))) for key, found in alike.items()]
+    return facts, tuple(parts)
+
+
+def _layout(state: Any) -> str:
+    """How exact keys lie in memory, of the store or of the first in it that says so."""
+    if "layout" in state["numbers"]:
+        return str(state["numbers"]["layout"])
+    return next((layout for inner in state["inner"].values() if (layout := _layout(inner))), "")
+
+
+def _state_bytes(file: CheckedFile, state: Any) -> int:
+    own: int = sum(file.sections[found["section"]].nbytes for found in state["tensors"].values())
+    return own + sum(_state_bytes(file, inner) for inner in state["inner"].values())
 
 
 def _facts(site: AttentionSite) -> tuple[str, ...]:

@@ -56,11 +56,13 @@ def complete(
     """Continue a prompt; the options are those of `CompiledModel.generate`.
 
     A session that was given has read the prompt and every token of the answer afterwards, the last one included; a stop
-    token is no part of the answer and is not read.  Without a tokenizer, token ids can be continued and `text` is "".
+    token is no part of the answer and is not read.  max_new_tokens=0 reads the prompt into it and nothing else.
+    Without a tokenizer, token ids can be continued and `text` is "".
     Raises SessionError for an empty prompt, options out of range, and a text, `stop` or `on_text` without a tokenizer.
     """
-    if max_new_tokens < 1:
-        raise SessionError(Problem("max_new_tokens", f"{max_new_tokens} is less than 1.", "Ask for at least one token."))
+    if max_new_tokens < (1 if session is None else 0):
+        mend = "Ask for at least one token, or give a session that is to read the prompt."
+        raise SessionError(Problem("max_new_tokens", f"{max_new_tokens} is less than {1 if session is None else 0}.", mend))
     if not 0 <= temperature < math.inf:
         mend = "0 is greedy; 1 samples the model's distribution."
         raise SessionError(Problem("temperature", f"{temperature} is not a number from 0 on.", mend))
@@ -79,7 +81,8 @@ def complete(
     logits = session.prefill(ids, on_chunk=on_chunk)
     prefilled = time.perf_counter()
     writer = TextWriter(model.tokenizer, stop, on_text)
-    while True:
+    stopped, unread = False, None
+    while max_new_tokens:
         token = choose(logits, temperature, generator)
         if token in model.stop_tokens:
             stopped, unread = True, None

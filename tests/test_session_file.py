@@ -308,7 +308,7 @@ def test_another_model_is_named(tmp_path):
     [
         (
             "full",
-            r"sites\[0\]\.groups\[0\]\.policy\.zones\[0\] \(model\.layers\.0\.self_attn\) is \{\"SinkRecent\": .* and \{\"All\": \{\}\} here",
+            r"sites\[0\]\.groups\[0\]\.policy\.zones\[0\] \(.*\) is \{\"SinkRecent\": .* and \{\"All\": \{\}\} here",
         ),
         ("sketch", r"policy\.zones \(model\.layers\.0\.self_attn\) is \[\{\"SinkRecent\".* in the file and \[\{\"SinkRecent\""),
         ("int8 ring", r"policy\.store\.quantised \(model\.layers\.0\.self_attn\) is null in the file and \{\"Int8\": \{\}\} here"),

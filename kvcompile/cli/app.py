@@ -24,7 +24,9 @@ from kvcompile.cli.options import (
     Queries,
     QueriesOption,
     QuietOption,
+    SaveSessionOption,
     SeedOption,
+    SessionOption,
     SetOption,
     ShowOption,
     SpecArgument,
@@ -77,12 +79,19 @@ def compile_command(
     max_new_tokens: TokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
+    session: SessionOption = None,
+    save_session: SaveSessionOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Compile, verify and report; continue the prompts, if any."""
     lengths = options.parse_contexts(contexts)
-    if prompt is None and prompt_file is None and (chat or max_new_tokens is not None or temperature is not None):
-        raise typer.BadParameter("--chat, --max-new-tokens and --temperature need a --prompt or a --prompt-file.")
+    if prompt is None and prompt_file is None:
+        if chat or max_new_tokens is not None or temperature is not None:
+            raise typer.BadParameter("--chat, --max-new-tokens and --temperature need a --prompt or a --prompt-file.")
+        if session is not None or save_session is not None:
+            raise typer.BadParameter("--session and --save-session need a --prompt or a --prompt-file.")
+    if max_new_tokens == 0 and save_session is None:
+        raise typer.BadParameter("--max-new-tokens 0 reads the prompt only: say where to with --save-session.")
     from kvcompile.cli.compiling import Job, run_job
     from kvcompile.cli.prompts import read_prompts
     from kvcompile.spec import load_spec
@@ -98,6 +107,8 @@ def compile_command(
         chat=chat,
         max_new_tokens=64 if max_new_tokens is None else max_new_tokens,
         temperature=0.0 if temperature is None else temperature,
+        session=session,
+        save_session=save_session,
     )
     voice = Output(as_json=as_json, quiet=quiet)
     try:
@@ -183,13 +194,26 @@ def init(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_FORMS)], as_json: JsonOption = False, quiet: QuietOption = False
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{MODEL_FORMS}  Or the file of a session or an index.")],
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Show what kvcompile sees in a model: attention sites, windows, segments; or what it refuses, where, and why (exit code 1)."""
-    from kvcompile.inspection import inspect_model
+    """Show what kvcompile sees in a model: attention sites, windows, segments; or what it refuses, where, and why (exit code 1).
+
+    Of a session file or an index file: whose it is and what it holds; every byte is checked.
+    """
+    from kvcompile.inspection import inspect_file, inspect_model
 
     voice = Output(as_json=as_json, quiet=quiet)
     try:
+        kept = inspect_file(model)
+        if kept is not None:
+            for line in kept.lines():
+                voice.say(line)
+            if kept.parts:
+                voice.table(kept.table())
+            voice.finish(kept.as_dict())
+            return
         found = inspect_model(model, progress=voice.progress)
         if found.sites:
             voice.table(found.table())

@@ -12,17 +12,19 @@ from kvcompile.cli.options import Show
 from kvcompile.cli.output import Output
 from kvcompile.ir.errors import KvcompileError
 from kvcompile.ir.spec import Spec
-from kvcompile.report import Table, compiled_dict, plan_dict, plan_remarks, plan_tables, report_files, verified_text
+from kvcompile.report import Table, compiled_dict, format_bytes, plan_dict, plan_remarks, plan_tables, report_files, verified_text
 
 if TYPE_CHECKING:
     from kvcompile.ir.plan import Plan
     from kvcompile.runtime.generation import Generation
     from kvcompile.runtime.model import CompiledModel
+    from kvcompile.runtime.session import Session
 
 
 @dataclass(frozen=True)
 class Job:
-    """A compile as it was asked for.  prompts: texts to continue when it is done."""
+    """A compile as it was asked for.  prompts: texts to continue when it is done, behind what the file `session` holds; save_session: where
+    the session of the only one is written to."""
 
     spec: Spec
     contexts: tuple[int, ...]
@@ -33,6 +35,8 @@ class Job:
     chat: bool = False
     max_new_tokens: int = 64
     temperature: float = 0.0
+    session: Path | None = None
+    save_session: Path | None = None
 
     @property
     def needs_weights(self) -> bool:
@@ -99,9 +103,28 @@ def _run_passes(job: Job, output: Output) -> None:
     )
 
 
+def _check_session_files(job: Job) -> None:
+    """Before the compile: who names a file that is not there, or a folder, should not wait."""
+    from kvcompile.runtime.checked_file import open_checked
+    from kvcompile.runtime.session_file import SESSION_FILE
+
+    if job.session is not None:
+        with open_checked(job.session, SESSION_FILE):
+            pass
+    if job.save_session is None:
+        return
+    if len(job.prompts) > 1:
+        what = f"there are {len(job.prompts)} prompts, each with a session of its own."
+        raise KvcompileError.at("--save-session", what, "Give one prompt.")
+    if job.save_session.is_dir() or not job.save_session.absolute().parent.is_dir():
+        what = "it is a folder." if job.save_session.is_dir() else f"there is no folder {job.save_session.parent}."
+        raise KvcompileError.at(f"--save-session {job.save_session}", what, "Name a file in a folder that exists.")
+
+
 def _compile(job: Job, output: Output) -> None:
     from kvcompile.compiler import compile
 
+    _check_session_files(job)
     if job.chat and job.spec.model is not None:  # before the compile: who asks for what is not there should not wait
         from kvcompile.models.load import open_model
 
@@ -117,8 +140,31 @@ def _compile(job: Job, output: Output) -> None:
     if written:
         output.aside(f"wrote {' and '.join(written)}")
         found["report"] = written
-    found["generations"] = [_generate(job, model, number, output) for number in range(len(job.prompts))]
+    past = None
+    if job.session is not None:
+        past, found["session"] = _restored(model, job.session, output)
+    found["generations"] = [_generate(job, model, past, number, output) for number in range(len(job.prompts))]
     output.finish(found)
+
+
+def _restored(model: CompiledModel, path: Path, output: Output) -> tuple[Session, dict[str, Any]]:
+    started = time.perf_counter()
+    session = model.restore(path)
+    seconds = time.perf_counter() - started
+    read, own = session.shared_nbytes(), session.nbytes()
+    output.aside(
+        f"restored {len(session)} tokens from {path} in {seconds:.2f} s: {format_bytes(read)} are read where the file lies, "
+        f"{format_bytes(own)} were copied"
+    )
+    return session, {"file": str(path), "tokens": len(session), "restore_s": seconds, "shared_bytes": read, "stored_bytes": own}
+
+
+def _saved(session: Session, path: Path, output: Output) -> dict[str, Any]:
+    started = time.perf_counter()
+    session.save(path)
+    seconds, size = time.perf_counter() - started, path.stat().st_size
+    output.aside(f"saved {len(session)} tokens to {path} in {seconds:.2f} s, {format_bytes(size)}")
+    return {"file": str(path), "tokens": len(session), "save_s": seconds, "file_bytes": size}
 
 
 def _print_plan(plan: Plan, contexts: tuple[int, ...], output: Output) -> None:
@@ -147,8 +193,10 @@ def _timing_table(timings: Mapping[str, float]) -> Table:
     return Table(("stage", "seconds"), rows, right=frozenset({1}))
 
 
-def _generate(job: Job, model: CompiledModel, number: int, output: Output) -> dict[str, Any]:
+def _generate(job: Job, model: CompiledModel, past: Session | None, number: int, output: Output) -> dict[str, Any]:
+    """past: what the prompt stands behind; every prompt continues a fork of it."""
     prompt = job.prompts[number]
+    session = past.fork() if past is not None else model.session() if job.save_session is not None else None
     if len(job.prompts) > 1:
         output.aside(f"prompt {number + 1} of {len(job.prompts)}:")
     output.settle()
@@ -164,9 +212,15 @@ def _generate(job: Job, model: CompiledModel, number: int, output: Output) -> di
         chat=job.chat,
         on_text=output.piece,
         on_chunk=on_chunk,
+        session=session,
     )
-    output.say()
+    if made.new_tokens:
+        output.say()
     output.aside(_cost(made))
+    kept = {}
+    if job.save_session is not None:
+        assert session is not None
+        kept = {"saved_session": _saved(session, job.save_session, output)}
     return {
         "text": made.text,
         "prompt_tokens": made.prompt_tokens,
@@ -175,12 +229,11 @@ def _generate(job: Job, model: CompiledModel, number: int, output: Output) -> di
         "decode_s": made.decode_s,
         "decode_tokens_per_s": made.decode_tokens_per_s,
         "stored_bytes": made.stored_bytes,
+        **kept,
     }
 
 
 def _cost(made: Generation) -> str:
-    from kvcompile.report import format_bytes
-
     words = [
         f"{made.prompt_tokens} prompt tokens in {made.prefill_s:.2f} s",
         f"{made.new_tokens} new tokens" + (f" at {made.decode_tokens_per_s:.1f} a second" if made.decode_tokens_per_s else ""),

@@ -70,10 +70,21 @@ PromptFileOption = Annotated[
 ]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")]
 TokensOption = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="At most this many.  [default: 64]", show_default=False)
+    int | None,
+    typer.Option(
+        "--max-new-tokens", min=0, metavar="N", help="At most this many; 0 with --save-session.  [default: 64]", show_default=False
+    ),
 ]
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.  [default: 0]", show_default=False)
+]
+SessionOption = Annotated[
+    Path | None,
+    typer.Option("--session", metavar="FILE", help="Go on behind what this session file holds: it is not read again.", show_default=False),
+]
+SaveSessionOption = Annotated[
+    Path | None,
+    typer.Option("--save-session", metavar="FILE", help="Write the session there, with the prompt and the answer.", show_default=False),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="For sampling (the spec's seed).", show_default=False)]
 
