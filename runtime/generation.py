@@ -61,7 +61,7 @@ def complete(
     Raises SessionError for an empty prompt, options out of range, and a text, `stop` or `on_text` without a tokenizer.
     """
     if max_new_tokens < (1 if session is None else 0):
-        mend = "Ask for at least one token, or give a session that is to read the prompt."
+        mend = "Ask for at least one token, or give a session to read the prompt."
         raise SessionError(Problem("max_new_tokens", f"{max_new_tokens} is less than {1 if session is None else 0}.", mend))
     if not 0 <= temperature < math.inf:
         mend = "0 is greedy; 1 samples the model's distribution."

@@ -143,6 +143,14 @@ def test_a_session_can_be_continued_even_an_empty_one(model):
     assert session.tokens == [1, 2, 3, *done.tokens, 7, *one.tokens]
 
 
+def test_a_session_may_only_read_the_prompt(model):
+    session = model.session()
+    done = model.complete([1, 2, 3], max_new_tokens=0, session=session)
+    assert (done.tokens, done.text, done.prompt_tokens, done.stopped, session.tokens) == ((), "", 3, False, [1, 2, 3])
+    with pytest.raises(SessionError, match="max_new_tokens: 0 is less than 1"):
+        model.complete([1], max_new_tokens=0)
+
+
 def test_two_calls_on_a_session_equal_one_long_call(model):
     session, ids = model.session(), some_ids(12, 256).tolist()
     first = model.complete(ids, max_new_tokens=5, session=session).tokens
@@ -208,7 +216,7 @@ def test_each_chunk_of_the_prompt_is_told(model):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens: 0 is less than 1.\n  Ask for at least one token."),
+        ({"max_new_tokens": -1}, "max_new_tokens: -1 is less than 0.\n  Ask for at least one token, or give a session to read the prompt."),
         ({"temperature": -0.5}, "temperature: -0.5 is not a number from 0 on.\n  0 is greedy; 1 samples the model's distribution."),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import kvcompile
 from kvcompile.cli import main
 
 MODEL = '''
@@ -203,3 +204,73 @@ def test_a_plan_dumps_its_passes_and_tells_their_warnings(capsys: pytest.Capture
     assert told[0].startswith(f"{spec}:6: heads[0]: ")
     assert f"warning: {told[0]}\n" in answer(capsys, "plan", spec)[2]
     assert answer_json(capsys, "plan", spec)["warnings"] == told
+
+
+# --- sessions ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_read_once_and_asked_again(capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.session"
+    whole = answer_json(capsys, spec, "--prompt", "A long book. Who?", "--max-new-tokens", "6")["generations"][0]
+    saved = answer_json(capsys, spec, "--prompt", "A long book.", "--max-new-tokens", "0", "--save-session", book)["generations"][0]
+    assert (saved["text"], saved["new_tokens"], saved["saved_session"]["tokens"]) == ("", 0, 12)
+    assert saved["saved_session"]["file_bytes"] == book.stat().st_size
+    for _ in range(2):
+        asked = answer_json(capsys, spec, "--session", book, "--prompt", " Who?", "--max-new-tokens", "6")
+        assert asked["session"]["tokens"] == 12 and asked["session"]["shared_bytes"] > 0
+        assert (asked["generations"][0]["text"], asked["generations"][0]["prompt_tokens"]) == (whole["text"], 5)
+
+
+@pytest.mark.slow
+def test_a_conversation_is_saved_with_its_answers(capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path) -> None:
+    talk = tmp_path / "talk.session"
+    first = answer_json(capsys, spec, "--prompt", "Hello", "--max-new-tokens", "6", "--save-session", talk)["generations"][0]
+    code, out, err = answer(capsys, spec, "--session", talk, "--prompt", " and?", "--max-new-tokens", "6", "--save-session", talk, "-q")
+    assert code == 0, err
+    model = kvcompile.compile(spec)
+    session = model.session()
+    texts = [model.generate(prompt, max_new_tokens=6, session=session) for prompt in ("Hello", " and?")]
+    assert [first["text"], out] == [texts[0], texts[1] + "\n"]
+    kept = answer_json(capsys, "inspect", talk)
+    assert (kept["holds"], kept["facts"]["tokens"]) == ("session", 5 + 6 + 5 + 6)
+    (tmp_path / "many.jsonl").write_text('"one"\n"two"\n')
+    asked = answer_json(capsys, spec, "--session", talk, "--prompt-file", tmp_path / "many.jsonl", "--max-new-tokens", "3")
+    assert [made["prompt_tokens"] for made in asked["generations"]] == [3, 3]  # each behind a fork of the file's session
+
+
+def test_inspect_tells_what_a_session_file_holds(capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.session"
+    answer_json(capsys, spec, "--prompt", "A long book.", "--max-new-tokens", "0", "--save-session", book)
+    code, out, _ = answer(capsys, "inspect", book)
+    assert code == 0
+    assert out.startswith(f"{book}: session, format 1, written by kvcompile ")
+    assert "tokens: 12\n" in out and "every checksum is right" in out
+    assert [line.split()[:3] for line in out.splitlines()[-3:]] == [["1", "1", "growable"], ["1", "1", "ring"], ["1", "2", "growable"]]
+    book.write_bytes(book.read_bytes()[:-1])
+    code, _, err = answer(capsys, "inspect", book)
+    assert code == 1 and "is damaged: it is cut off" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--session", "x"], "--session and --save-session need a --prompt or a --prompt-file."),
+        (["--save-session", "x"], "--session and --save-session need a --prompt or a --prompt-file."),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens 0 reads the prompt only: say where to with --save-session."),
+        (["--prompt", "x", "--session", "missing"], "missing: cannot be read: No such file or directory."),
+        (["--prompt", "x", "--save-session", "."], "--save-session .: it is a folder."),
+        (["--prompt", "x", "--save-session", "missing/x"], "--save-session missing/x: there is no folder missing."),
+        (["--prompt-file", "many.jsonl", "--save-session", "x"], "--save-session: there are 2 prompts, each with a session of its own."),
+    ],
+)
+def test_what_cannot_be_saved_or_continued_is_said_before_the_compile(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(**given: Any) -> None:
+        raise AssertionError("compiled first")
+
+    monkeypatch.setattr("kvcompile.compiler.compile", never)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "many.jsonl").write_text('"one"\n"two"\n')
+    code, _, err = answer(capsys, spec, *words)
+    assert code != 0 and told in " ".join(err.replace("│", " ").split())
