@@ -59,9 +59,9 @@ def _refuse_beside_choices(unit: Unit, site: AttentionSite, policies: tuple[Head
         raise SpecError(Problem(unit.spec.where("model"), what, "No policy runs this model."))
     for policy in policies if site.chosen_tokens is not None else ():
         quantised, rotated = policy.store.quantised is not None, policy.positions != "absolute"
-        if policy.found is not None or quantised or rotated:
-            field = "zones" if policy.found is not None else "store" if quantised else "positions"
-            what = f"{site.path} chooses {site.chosen_tokens} keys for each query itself, of exact keys at their own positions."
+        if policy.found is not None or quantised or rotated or policy.device:
+            field = "zones" if policy.found is not None or policy.device else "store" if quantised else "positions"
+            what = f"{site.path} chooses {site.chosen_tokens} keys for each query itself, of exact keys at their own positions in memory."
             raise SpecError(Problem(unit.spec.where(f"policies.{policy.name}.{field}"), what, "Use full or streaming for this model."))
 
 
@@ -78,7 +78,7 @@ def _at_site(policy: HeadPolicy, site: AttentionSite) -> HeadPolicy:
     if window is None:
         return policy
     name = f"chunk {window}" if site.chunk_tokens == window else f"window {window}"
-    return replace(policy, name=name, zones=(SinkRecent(0, window),), positions="absolute")
+    return replace(policy, name=name, zones=(SinkRecent(0, window),), positions="absolute", device=None)
 
 
 def _groups(site: AttentionSite, policies: list[HeadPolicy]) -> tuple[HeadGroup, ...]:

@@ -1,7 +1,7 @@
 """Place: the device and the reserved capacity of every group's store; refuses what does not fit the declared memory.
 
 Address space is reserved, not memory: a growable store takes memory only for tokens written, and opens a further span
-beyond its capacity.
+beyond its capacity.  A store on disk reserves nothing, and needs a block of memory.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Place:
                 groups=tuple(
                     replace(
                         group,
-                        device=unit.spec.target.device,
-                        capacity_tokens=capacity if group.policy.window is None or group.policy.found is not None else None,
+                        device=group.policy.device or unit.spec.target.device,
+                        capacity_tokens=capacity if _grows(group.policy) else None,
                     )
                     for group in site.groups
                 ),
@@ -64,7 +64,7 @@ class Place:
         limit = unit.spec.target.memory_bytes
         if limit is None:
             return
-        stored = _with_whole_prompts(plan).stored_bytes(capacity)
+        stored = _with_whole_prompts(plan).stored_bytes(capacity) + plan.staging_bytes
         needed = plan.weight_bytes + stored
         if needed > limit:
             raise CapacityError(
@@ -78,7 +78,13 @@ class Place:
 
     def ensures(self, unit: Unit) -> None:
         assert unit.plan is not None
-        assert all(group.device == unit.spec.target.device for site in unit.plan.sites for group in site.groups)
+        groups = [group for site in unit.plan.sites for group in site.groups]
+        assert all(group.device == (group.policy.device or unit.spec.target.device) for group in groups)
+
+
+def _grows(policy: HeadPolicy) -> bool:
+    """Whether its store reserves address space for every token."""
+    return policy.device is None and (policy.window is None or policy.found is not None)
 
 
 def _policy_name(unit: Unit, policy: HeadPolicy) -> str:

@@ -46,7 +46,7 @@ def _lookup(site: AttentionSite, group: HeadGroup) -> LookupRequest | None:
         return None
     return LookupRequest(
         kind="lookup",
-        device=group.device,
+        device=_computing(group),
         head_dim=site.head_dim,
         value_dim=site.value_dim,
         queries_per_kv=site.queries_per_kv,
@@ -64,7 +64,7 @@ def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest:
     sink_tokens, recent_tokens = (0, None) if window is None else (window.sink_tokens, window.recent_tokens)
     return KernelRequest(
         kind="attend_spans",
-        device=group.device,
+        device=_computing(group),
         head_dim=site.head_dim,
         value_dim=site.value_dim,
         queries_per_kv=site.queries_per_kv,
@@ -82,6 +82,11 @@ def _request(site: AttentionSite, group: HeadGroup) -> KernelRequest:
         store_quantised=_quantised(group.policy),
         key_layout="blocks" if found is None else "rows",
     )
+
+
+def _computing(group: HeadGroup) -> str:
+    """Where its attention is computed: what lies on disk is read by the CPU."""
+    return "cpu" if group.device == "disk" else group.device
 
 
 def _quantised(policy: HeadPolicy) -> str:

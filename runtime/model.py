@@ -21,6 +21,7 @@ from kvcompile.runtime.attend import attend_spans
 from kvcompile.runtime.attend_chosen import attend_chosen
 from kvcompile.runtime.attend_held import attend_held
 from kvcompile.runtime.convolution_state import ConvolutionState, convolve_packed
+from kvcompile.runtime.disk import DiskStore
 from kvcompile.runtime.generation import Generation, complete, generate
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.kivi import KiviStore
@@ -87,7 +88,8 @@ class CompiledModel:
 
     def empty_stores(self) -> list[list[KVStore]]:
         """Of each site a store for each of its head groups."""
-        return [[make_store(site, group, self.kernels.serve(group)) for group in site.groups] for site in self.plan.sites]
+        folder = self.spec.target.disk
+        return [[make_store(site, group, self.kernels.serve(group), folder) for group in site.groups] for site in self.plan.sites]
 
     def restore(self, path: str | Path) -> Session:
         """The session that `Session.save` wrote: it goes on as that one would have, and neither reads its tokens nor makes an index again.
@@ -413,7 +415,7 @@ class _NewTokens(NamedTuple):
             "slopes_HG": self.slopes_HG,
             "sink_query_HGSD": sink_query_HGSD,
         }
-        if isinstance(store, KiviStore) or (isinstance(store, GrowableStore) and store.copies_spans):
+        if isinstance(store, KiviStore | DiskStore) or (isinstance(store, GrowableStore) and store.copies_spans):
             store.append(self.key_HSD, self.value_HSE)
             return attend_held(asked_HGSD, store, store.visible(first), first, **options)
         return attend_spans(asked_HGSD, store.extend(self.key_HSD, self.value_HSE), first, **options)
@@ -428,14 +430,16 @@ def _as_index(kv_heads: tuple[int, ...]) -> slice | list[int]:
 _Shape: TypeAlias = tuple[int, int, int, torch.dtype]  # KV heads, head_dim, value_dim, and what numbers are kept in
 
 
-def make_store(site: SitePlan, group: HeadGroup, native: bool) -> KVStore:
-    """The empty store of a group of KV heads, as the plan placed it; native: as the C++ kernels read it."""
+def make_store(site: SitePlan, group: HeadGroup, native: bool, folder: str | None = None) -> KVStore:
+    """The empty store of a group of KV heads, as the plan placed it; native: as the C++ kernels read it; folder: of files."""
     facts, policy = site.site, group.policy
     dtype: torch.dtype = getattr(torch, policy.store.dtype or facts.dtype)
     shape = (len(group.kv_heads), facts.head_dim, facts.value_dim, dtype)
     layout: KeyLayout = "int8" if isinstance(policy.store.quantised, Int8) else "blocks" if native else "rows"
     if policy.found is None and policy.window is not None:
         return _ring(shape, policy, policy.window, layout)
+    if group.device == "disk":
+        return DiskStore(*shape, folder, layout, facts.path)
     assert group.capacity_tokens is not None
     rows, window = _rows(shape, policy, group.capacity_tokens, layout), policy.window
     if policy.found is None:

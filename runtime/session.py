@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.ir.errors import CapacityError, Problem, SessionError
 from kvcompile.runtime.convolution_state import ConvolutionState
+from kvcompile.runtime.disk import DiskStore, LostTokens
 from kvcompile.runtime.native import NativeTable
 from kvcompile.runtime.session_file import save_session
 from kvcompile.runtime.store import KVStore, Settling
@@ -64,6 +65,7 @@ class Session:
         self._stores = stores
         self.native = NativeTable(model.plan, model.kernels, stores)
         self._settling = [store for of_site in stores for store in of_site if isinstance(store, Settling)]
+        self._on_disk = [store for of_site in stores for store in of_site if isinstance(store, DiskStore)]
         self._broken: str | None = None
 
     def __len__(self) -> int:
@@ -153,6 +155,10 @@ class Session:
         samples of queries (what a fork shares counts for both), and the inputs of its convolutions."""
         return sum(store.nbytes() for stores in self._stores for store in stores) + sum(state.nbytes() for state in self.convolutions)
 
+    def disk_nbytes(self) -> int:
+        """Bytes of keys and values that it reads from files (policies whose device is disk); what forks share counts for each."""
+        return sum(store.disk_nbytes() for store in self._on_disk)
+
     def shared_nbytes(self) -> int:
         """Bytes of keys and values that it reads from the sessions it was forked from, or from the file that it was restored from."""
         return sum(store.shared_nbytes() for stores in self._stores for store in stores)
@@ -172,7 +178,7 @@ class Session:
             raise SessionError(Problem("session", self._broken, "Start a new session, or fork before risky calls."))
 
     def check_room(self, tokens: int) -> None:
-        """Raises SessionError when a model with learnt positions has none left."""
+        """Raises SessionError when a model with learnt positions has none left, CapacityError when the disk has no room."""
         plan, length = self.model.plan, len(self) + tokens
         if plan.position_rows is not None and length > plan.position_rows:
             raise SessionError(
@@ -182,6 +188,13 @@ class Session:
                     "Start a new session, or roll back.",
                 )
             )
+        try:
+            for store in self._on_disk:
+                store.reserve(tokens)
+        except CapacityError:
+            for store in self._on_disk:
+                store.rollback(0)  # gives back what was reserved
+            raise
 
     def warn_beyond_context(self, tokens: int) -> None:
         """Warns once, when the declared context is passed."""
@@ -197,6 +210,9 @@ class Session:
         del self.tokens[length:]
         self.convolutions = convolutions
         if self._broken:
+            return
+        if isinstance(cause, LostTokens) and any(store is cause.store for store in self._on_disk):
+            self._broken = cause.problems[0].what
             return
         for stores in self._stores:
             for store in stores:

@@ -1,7 +1,7 @@
 """The plan: every site's resolved policies, and what they cost in bytes.
 
 Two costs, never one "bytes a token":
-  stored bytes of a context of T tokens     what a session's memory holds after T tokens
+  stored bytes of a context of T tokens     what a session's memory holds after T tokens, and beside it what lies on disk
   read bytes of a generated token           what one decode step reads of it
 """
 
@@ -13,7 +13,15 @@ from kvcompile.ir.indexes import BLOCK_TOKENS, IndexBytes, build_work, group_fac
 from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, SinkRecent, Static, Store, TopK
 from kvcompile.ir.request import KernelRequest, LookupRequest
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
-from kvcompile.ir.store_bytes import packed_bytes, read_bytes, row_bytes, stored_bytes
+from kvcompile.ir.store_bytes import (
+    DISK_BLOCK_TOKENS,
+    STAGED_BLOCKS,
+    disk_block_bytes,
+    packed_bytes,
+    read_bytes,
+    row_bytes,
+    stored_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,12 @@ class HeadGroup:
         return len(self.kv_heads) * (site.head_dim + site.value_dim) * ITEMSIZE[self.policy.store.dtype or site.dtype]
 
     def stored_bytes(self, site: AttentionSite, context_tokens: int) -> int:
-        """Bytes that are held after `context_tokens` tokens: keys, values, index, and what is kept of queries."""
+        """Bytes of memory that are held after `context_tokens` tokens: keys, values, index, and what is kept of queries.
+
+        On disk one block: the tokens that do not fill it yet.
+        """
+        if self.device == "disk":
+            return self._block_bytes(site) if context_tokens else 0
         found, heads = self.policy.found, len(self.kv_heads)
         total = stored_bytes(*self._format(site), context_tokens, self._ring(context_tokens), self.policy.rollback_tokens)
         total += self._chosen_bytes(site, context_tokens)
@@ -55,6 +68,17 @@ class HeadGroup:
             fixed = group_facts(found.index, site.queries_per_kv).fixed_bytes(site.head_dim, site.value_dim, dict(found.options))
             total += heads * (fixed + round(indexed * held))
         return total
+
+    def disk_bytes(self, site: AttentionSite, context_tokens: int) -> int:
+        """Bytes that lie on disk after `context_tokens` tokens: whole blocks."""
+        return context_tokens // DISK_BLOCK_TOKENS * self._block_bytes(site) if self.device == "disk" else 0
+
+    def staging_bytes(self, site: AttentionSite) -> int:
+        """Bytes of memory that blocks from the disk are read into; groups with blocks of one form share them."""
+        return STAGED_BLOCKS * self._block_bytes(site) if self.device == "disk" else 0
+
+    def _block_bytes(self, site: AttentionSite) -> int:
+        return disk_block_bytes(len(self.kv_heads), site.head_dim, site.value_dim, ITEMSIZE[self.policy.store.dtype or site.dtype])
 
     def read_bytes(self, site: AttentionSite, context_tokens: int) -> int:
         """Bytes that one decode step reads when `context_tokens` tokens, its own included, are visible.
@@ -124,6 +148,9 @@ class SitePlan:
     def stored_bytes(self, context_tokens: int) -> int:
         return sum(group.stored_bytes(self.site, context_tokens) for group in self.groups)
 
+    def disk_bytes(self, context_tokens: int) -> int:
+        return sum(group.disk_bytes(self.site, context_tokens) for group in self.groups)
+
     def read_bytes(self, context_tokens: int) -> int:
         return sum(group.read_bytes(self.site, context_tokens) for group in self.groups)
 
@@ -185,6 +212,19 @@ class Plan:
     def read_bytes(self, context_tokens: int) -> int:
         convolutions = sum(each.read_bytes(context_tokens) for each in self.convolutions)
         return sum(site.read_bytes(context_tokens) for site in self.sites) + convolutions
+
+    def disk_bytes(self, context_tokens: int) -> int:
+        return sum(site.disk_bytes(context_tokens) for site in self.sites)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of memory, once for all sessions of the process, that blocks from the disk are read into."""
+        forms: dict[tuple[int, int, int, str], int] = {}
+        for each in self.sites:
+            for group in (group for group in each.groups if group.device == "disk"):
+                dtype = group.policy.store.dtype or each.site.dtype
+                forms[len(group.kv_heads), each.site.head_dim, each.site.value_dim, dtype] = group.staging_bytes(each.site)
+        return sum(forms.values())
 
     def build_share(self, context_tokens: int) -> float:
         """About how long the indexes of a prompt of so many tokens take to make, in times of reading it: each weight meets each token, and

@@ -148,6 +148,7 @@ class HeadPolicy:
                      it stood at its place in the cache, min(p, sink_tokens + recent_tokens - 1).
     rollback_tokens: how many tokens `Session.rollback` may take back after a ring has overflowed; rings are
                      larger by this many tokens.  Growable stores roll back to any length.
+    device:          where keys and values lie; None: on the target's device.
     """
 
     name: str
@@ -155,10 +156,12 @@ class HeadPolicy:
     positions: Literal["absolute", "cache_index"] = "absolute"
     store: Store = Store()
     rollback_tokens: int = 0
+    device: Literal["disk"] | None = None
 
     def __post_init__(self) -> None:
         assert self.zones, f"policy {self.name} has no zone"
         assert can_stand_together(self.zones), self.zones
+        assert self.device is None or (self.zones == (All(),) and self.store.quantised is None), self
 
     @property
     def found(self) -> TopK | Static | None:

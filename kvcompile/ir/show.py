@@ -97,6 +97,7 @@ def unit_text(unit: Unit) -> str:
             line += f" {store}" if (store := group.policy.store.describe()) else ""
             line += f" rollback {group.policy.rollback_tokens}" if group.policy.rollback_tokens else ""
             line += f", capacity {group.capacity_tokens} on {group.device}" if group.capacity_tokens else ""
+            line += ", on disk" if group.device == "disk" else ""
             request = group.request
             if request:
                 seen = "all" if request.recent_tokens is None else f"{request.sink_tokens} + {request.recent_tokens}"

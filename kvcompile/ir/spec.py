@@ -61,6 +61,7 @@ class Target:
     isa:      instructions that the C++ kernels are built for; None: the best that the processor has.
     kernels:  "generated", or "torch": attention and linear layers run in torch, as where there is no compiler.
     segments: "compiled" by AOTInductor, or "eager": torch runs them node by node.
+    disk:     folder of the files of policies whose device is disk; None: runtime/block_file.py chooses.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -71,6 +72,7 @@ class Target:
     kernels: Literal["generated", "torch"] = "generated"
     segments: Literal["compiled", "eager"] = "compiled"
     where: str = "target"
+    disk: str | None = None
 
 
 @dataclass(frozen=True)

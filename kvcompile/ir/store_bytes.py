@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 from kvcompile.ir.policy import ITEMSIZE, Int8, Kivi, SinkRecent, Store
 
+DISK_BLOCK_TOKENS = 256  # tokens that a store on disk writes, and reads, at once
+STAGED_BLOCKS = 4  # blocks of it that are in memory while they are attended to
+_PAGE_BYTES = 4096
+
 LANES = 16  # tokens of a key channel, or channels of a value, that are packed together
 
 
@@ -123,6 +127,11 @@ def packed_bytes(store: Store, dtype: str, kv_heads: int, head_dim: int, value_d
         return kv_heads * tokens * _token_bytes(store, itemsize, head_dim, value_dim)
     keys = tokens * key_group_bytes(kivi, head_dim, itemsize) // kivi.group
     return kv_heads * (keys + tokens * value_token_bytes(kivi, value_dim, itemsize))
+
+
+def disk_block_bytes(kv_heads: int, head_dim: int, value_dim: int, itemsize: int) -> int:
+    """A block of a store on disk, in whole pages."""
+    return -(-DISK_BLOCK_TOKENS * kv_heads * (head_dim + value_dim) * itemsize // _PAGE_BYTES) * _PAGE_BYTES
 
 
 def _token_bytes(store: Store, itemsize: int, head_dim: int, value_dim: int) -> int:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -28,7 +28,7 @@ from kvcompile.spec.messages import nearest, translate
 from kvcompile.spec.overrides import apply_overrides
 from kvcompile.spec.patterns import check_pattern, read_pattern
 from kvcompile.spec.schema import MOST_TOKENS, ClustersForm, PolicyForm, RuleForm, SpecForm, StoreForm, TopKForm
-from kvcompile.spec.unbuilt import UNBUILT_POLICIES, unbuilt_problems
+from kvcompile.spec.unbuilt import UNBUILT_POLICIES, fits_disk, unbuilt_problems
 
 BUILT_IN = {
     "full": HeadPolicy("full", (All(),)),
@@ -135,6 +135,7 @@ class _Reader:
                 isa=None if form.target.isa == "auto" else form.target.isa,
                 kernels=form.target.kernels,
                 segments=form.target.segments,
+                disk=self._disk(form),
                 where=self._where("target"),
             ),
             prefill_chunk_tokens=form.prefill.chunk_tokens,
@@ -194,7 +195,7 @@ class _Reader:
                 )
             if zones and can_stand_together(zones):
                 store = self._store(name, policy.store)
-                policies[name] = HeadPolicy(name, zones, policy.positions, store, policy.rollback)
+                policies[name] = HeadPolicy(name, zones, policy.positions, store, policy.rollback, self._device(name, policy))
                 self._check_positions(policies[name])
         return policies
 
@@ -216,6 +217,28 @@ class _Reader:
             what = "full is what every compile is proved with: its keys and values are not quantised."
             self._problem(path, what, "Give this policy another name.")
         return Store(None if form.dtype == "int8" else form.dtype, quantised)
+
+    def _device(self, name: str, form: PolicyForm) -> Literal["disk"] | None:
+        """disk, where unbuilt.py has nothing against it."""
+        path = next((path for path, device in form.devices if device == "disk"), None)
+        if path is None or not fits_disk(form):
+            return None
+        if name == "full":
+            what = "full is what every compile is proved with: its keys and values stay in memory."
+            self._problem(f"policies.{name}.{path}", what, "Give this policy another name.")
+        return "disk"
+
+    def _disk(self, form: SpecForm) -> str | None:
+        """target.disk, a folder that can be written to and that a policy uses."""
+        folder = form.target.disk
+        if folder is None:
+            return None
+        if not any(device == "disk" for policy in form.policies.values() for _, device in policy.devices):
+            what = "no policy keeps its keys and values on disk."
+            self._problem("target.disk", what, "Take it out, or write a policy such as flexgen: {zones: [{all: {device: disk}}]}.")
+        elif fault := unwritable(folder):
+            self._problem("target.disk", fault, UNWRITABLE_MEND)
+        return folder
 
     def _check_positions(self, policy: HeadPolicy) -> None:
         """cache_index says where a query stands among sinks: refused where there are none, and where keys far from them are shown."""

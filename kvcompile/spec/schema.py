@@ -74,7 +74,7 @@ Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=4096)]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1 << 20)]
 
 Float: TypeAlias = Literal["float32", "bfloat16", "float16"]
-_DEVICE = Field(default=None, description="one of cpu, cuda, disk", examples=["cpu", "cuda"])
+_DEVICE = Field(default=None, description="one of cpu, cuda, disk", examples=["disk", "cpu"])
 
 
 # --- store ---------------------------------------------------------------------------------------------------------------------------
@@ -232,6 +232,13 @@ class PolicyForm(Form):
     device: Literal["cpu", "cuda", "disk"] | None = _DEVICE
     rollback: Tokens = Field(default=0, description='a number of tokens from 0, or such as "1k"', examples=[8, 64])
 
+    @property
+    def devices(self) -> list[tuple[str, str]]:
+        """(where in the policy, device) of each that is written."""
+        found = [("device", self.device)]
+        found += [(f"zones[{index}].{zone.kind}.device", getattr(zone, zone.kind).device) for index, zone in enumerate(self.zones)]
+        return [(path, device) for path, device in found if device is not None]
+
 
 class RuleForm(Form):
     policy: Text = Field(description="the name of a policy", examples=["full", "streaming"])
@@ -269,6 +276,7 @@ class TargetForm(Form):
         default="generated", description="one of generated, torch", examples=["generated", "torch"]
     )
     segments: Literal["compiled", "eager"] = Field(default="compiled", description="one of compiled, eager", examples=["compiled", "eager"])
+    disk: Text | None = Field(default=None, description="the path of a folder", examples=["/var/tmp"])
 
 
 class SharedForm(Form):
@@ -308,7 +316,7 @@ class SpecForm(Form):
     model: ModelForm | None = Field(default=None, description="a mapping of path, dtype", examples=["{path: folder-of-the-model}"])
     target: TargetForm = Field(
         default_factory=TargetForm,
-        description="a mapping of device, threads, memory, deterministic, isa, kernels, segments",
+        description="a mapping of device, threads, memory, deterministic, isa, kernels, segments, disk",
         examples=["{device: cpu}"],
     )
     policies: dict[str, PolicyForm] = Field(default={}, description="a mapping of names to policies", examples=["{mine: {zones: [all]}}"])

@@ -20,7 +20,7 @@ UNBUILT_POLICIES = ("magicpig",)
 def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
     """One Problem for each thing of the spec that is not built in this release."""
     for name, policy in spec.policies.items():
-        yield from _policy_problems(policy, f"policies.{name}", document)
+        yield from _policy_problems(policy, f"policies.{name}", document, spec.target.device == "cuda")
     for index, rule in enumerate(spec.heads or []):
         if rule.policy in UNBUILT_POLICIES and rule.policy not in spec.policies:
             path = f"heads[{index}].policy"
@@ -45,14 +45,38 @@ def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
             yield _not_built(where, f"output format {name}", f"Built: {', '.join(BUILT_FORMATS)}.")
 
 
-def _policy_problems(policy: PolicyForm, path: str, document: Document) -> Iterator[Problem]:
-    if policy.device is not None:
-        yield _not_built(document.where(f"{path}.device"), "a device for one policy", "Write target.device; every store lives there.")
+def _policy_problems(policy: PolicyForm, path: str, document: Document, on_cuda: bool) -> Iterator[Problem]:
+    for place, device in policy.devices:
+        yield from _device_problems(policy, device, document.where(f"{path}.{place}"), on_cuda)
     for index, zone in enumerate(policy.zones):
         yield from _zone_problems(zone, f"{path}.zones[{index}]", document)
     kinds = [zone.kind for zone in policy.zones]
     if all(kind in BUILT_ZONES for kind in kinds):
         yield from _combination_problems(kinds, document.where(f"{path}.zones"))
+
+
+def fits_disk(policy: PolicyForm) -> bool:
+    """Whether a store on disk is built for a policy: every token, as it is."""
+    return [zone.kind for zone in policy.zones] == ["all"] and not _quantises(policy)
+
+
+def _quantises(policy: PolicyForm) -> bool:
+    return policy.store is not None and (policy.store.kivi is not None or policy.store.dtype == "int8")
+
+
+def _device_problems(policy: PolicyForm, device: str, where: str, on_cuda: bool) -> Iterator[Problem]:
+    if device == "cpu" and not on_cuda:
+        yield Problem(where, "cpu is the target's device already: it changes nothing.", "Take it out, or write device: disk.")
+    elif device != "disk":
+        yield _not_built(where, f"device {device} for one policy", "Write target.device; what is not on disk lives there.")
+    elif on_cuda:
+        yield _not_built(where, "device disk on cuda", "Write target.device: cpu.")
+    elif _quantises(policy):
+        store = policy.store.dtype if policy.store is not None and policy.store.dtype else "kivi"
+        yield _not_built(where, f"store {store} on disk", "Write store: bfloat16, float16 or float32.")
+    elif not fits_disk(policy):
+        kinds = " and ".join(zone.kind for zone in policy.zones)
+        yield _not_built(where, f"{kinds} on disk", "Write zones: [{all: {device: disk}}], or take the device out.")
 
 
 def _combination_problems(kinds: list[str], where: str) -> Iterator[Problem]:
@@ -79,8 +103,6 @@ def _zone_problems(zone: ZoneKind, path: str, document: Document) -> Iterator[Pr
     form = getattr(zone, zone.kind)
     if form.store is not None:
         yield _not_built(document.where(f"{path}.store"), "a store for one zone", "Write store at the policy.")
-    if form.device is not None:
-        yield _not_built(document.where(f"{path}.device"), "a device for one zone", "Write target.device; every store lives there.")
 
 
 def _not_built(where: str, what: str, mend: str) -> Problem:
