@@ -133,7 +133,7 @@ def kernel_sources(graph: torch.fx.GraphModule, plan: Plan) -> dict[str, str]:
 
 
 def _on_cpu(plan: Plan) -> bool:
-    return any(group.device == "cpu" for site in plan.sites for group in site.groups)
+    return any(group.device in ("cpu", "disk") for site in plan.sites for group in site.groups)
 
 
 def _isa(spec: Spec) -> Isa:
@@ -153,7 +153,7 @@ def _isa(spec: Spec) -> Isa:
 def _requests(graph: torch.fx.GraphModule, plans: Iterable[Plan]) -> list[Request]:
     """Every request once, by content hash; those of the linear layers are the last."""
     groups = [group for plan in plans for site in plan.sites for group in site.groups]
-    wanted = {request.key: request for group in groups if group.device == "cpu" for request in group.requests}
+    wanted = {request.key: request for group in groups for request in group.requests if request.device == "cpu"}
     linears = [LinearRequest("linears", "cpu", dtype, GEMV_TOKENS) for dtype in sorted(_linear_dtypes(graph))]
     return [*(request for _, request in sorted(wanted.items())), *linears]
 

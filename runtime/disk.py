@@ -27,6 +27,7 @@ from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.ir.store_bytes import DISK_BLOCK_TOKENS, STAGED_BLOCKS, disk_block_bytes
 from kvcompile.runtime.address_space import reserve
 from kvcompile.runtime.block_file import Block, BlockFile, Bytes, checksum, runs_of
+from kvcompile.runtime.descriptor import DescribedPart, Descriptor
 from kvcompile.runtime.layout import KeyLayout, key_slots, token_bytes, value_slots
 from kvcompile.runtime.spans import Span
 from kvcompile.runtime.store import rollback_range_problem
@@ -224,13 +225,35 @@ class DiskStore:
     def walk(self, first: int, end: int) -> Iterator[tuple[Span, ...]]:
         """The tokens at positions [first, end), STAGED_TOKENS at most at a time, cut at their multiples: each piece as spans over memory
         that the next piece takes the place of."""
+        for begin, stop, blocks in self._pieces(first, end):
+            yield tuple(
+                block.span(max(begin, start), max(begin - start, 0), min(stop, start + DISK_BLOCK_TOKENS) - max(begin, start))
+                for start, block in blocks
+            )
+
+    def parts(self) -> Iterator[tuple[int, int, Descriptor]]:
+        """All tokens as `walk` gives them, but as the kernels see them: (first, end, where they lie)."""
+        (key_bytes, value_bytes), heads = self.form.head_bytes, self.kv_heads
+        for begin, stop, blocks in self._pieces(0, self.tokens):
+            described = [
+                DescribedPart(
+                    block.address,
+                    block.address + heads * key_bytes,
+                    key_bytes,
+                    value_bytes,
+                    start,
+                    min(stop, start + DISK_BLOCK_TOKENS),
+                )
+                for start, block in blocks
+            ]
+            yield begin, stop, Descriptor.growing(described)
+
+    def _pieces(self, first: int, end: int) -> Iterator[tuple[int, int, list[tuple[int, BlockMemory]]]]:
+        """(first, end, blocks) of each piece of `walk`; a block with its first position."""
         with self._pool.lent() as staging:
             for at in range(first // STAGED_TOKENS * STAGED_TOKENS, end, STAGED_TOKENS):
                 begin, stop = max(at, first), min(at + STAGED_TOKENS, end)
-                yield tuple(
-                    block.span(max(begin, start), max(begin - start, 0), min(stop, start + DISK_BLOCK_TOKENS) - max(begin, start))
-                    for start, block in self._staged(begin, stop, staging)
-                )
+                yield begin, stop, self._staged(begin, stop, staging)
 
     def _staged(self, first: int, end: int, staging: Staging) -> list[tuple[int, BlockMemory]]:
         """The blocks that hold positions [first, end), in memory, each with its first position."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -21,14 +22,14 @@ from kvcompile.runtime.attend import attend_spans
 from kvcompile.runtime.attend_chosen import attend_chosen
 from kvcompile.runtime.attend_held import attend_held
 from kvcompile.runtime.convolution_state import ConvolutionState, convolve_packed
-from kvcompile.runtime.disk import DiskStore
+from kvcompile.runtime.disk import DiskStore, LostTokens
 from kvcompile.runtime.generation import Generation, complete, generate
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.kivi import KiviStore
 from kvcompile.runtime.layout import KeyLayout
 from kvcompile.runtime.lookup import LookupStore, attend_lookup, attend_prompt
 from kvcompile.runtime.merge import AttentionState, apply_learnt_sinks
-from kvcompile.runtime.native import NO_KERNELS, NativeKernels, NativeSite, NativeTable, attend_native, native_sites
+from kvcompile.runtime.native import NO_KERNELS, NativeKernels, NativeSite, NativeTable, attend_native, attend_parts, native_sites
 from kvcompile.runtime.native_lookup import lookup_native, lookup_row
 from kvcompile.runtime.program import Program
 from kvcompile.runtime.ring import RingStore
@@ -75,7 +76,7 @@ class CompiledModel:
         """
         groups = [group for site in plan.sites for group in site.groups]
         kernels = self.kernels
-        without = sum(not (kernels.look_up(group) if group.policy.found else kernels.serve(group)) for group in groups)
+        without = sum(not (kernels.look_up(group) if group.policy.found else kernels.reads(group)) for group in groups)
         warnings = self.warnings
         if without and self.kernels.keys:
             groups_without = f"{without} of {len(groups)} groups of KV heads"
@@ -89,7 +90,7 @@ class CompiledModel:
     def empty_stores(self) -> list[list[KVStore]]:
         """Of each site a store for each of its head groups."""
         folder = self.spec.target.disk
-        return [[make_store(site, group, self.kernels.serve(group), folder) for group in site.groups] for site in self.plan.sites]
+        return [[make_store(site, group, self.kernels.reads(group), folder) for group in site.groups] for site in self.plan.sites]
 
     def restore(self, path: str | Path) -> Session:
         """The session that `Session.save` wrote: it goes on as that one would have, and neither reads its tokens nor makes an index again.
@@ -239,6 +240,8 @@ class PackedCall:
             attend_native(query, key, value, learnt, tables, native.kv_heads, out, sink_query=sink_query, slopes=native.slopes)
         if native.looks_up and len(lookups := self._lookups(site, query, last_only)):
             lookup_native(query, key, value, learnt, [lookups], native.kv_heads, out)
+        if native.stages:
+            self._attend_staged(site, query, key, value, learnt, last_only, out)
         if native.rest:
             self._attend_in_torch(site, query, key, value, sinks, sink_query, choosing, last_only, out)
         return out
@@ -295,6 +298,37 @@ class PackedCall:
             start += length
         return torch.tensor(rows, dtype=torch.int64)
 
+    def _attend_staged(
+        self, site: int, query: Tensor, key: Tensor, value: Tensor, learnt: Tensor | None, last_only: bool, out: Tensor
+    ) -> None:
+        """The groups on disk that a kernel attends for: part by part, session by session."""
+        plan, native, kernels = self.model.plan.sites[site], self.model.native_sites[site], self.model.kernels
+        start = 0
+        for number, (session, before, length) in enumerate(zip(self.sessions, self.before, self.lengths, strict=True)):
+            skip, out_row = (length - 1, number) if last_only else (0, start)
+            head = 0
+            for group, store in zip(plan.groups, session.stores(site), strict=True):
+                count = len(group.kv_heads)
+                if kernels.stage(group):
+                    assert isinstance(store, DiskStore)
+                    heads, new = _as_index(group.kv_heads), slice(start, start + length)
+                    store.append(key[0, heads, new], value[0, heads, new])
+                    row = [kernels.number(group.request), 0, head, count, start, length, skip, out_row, before]
+                    with self._of_session(number):
+                        attend_parts(query, key, value, learnt, row, store.parts(), store.tokens, native.kv_heads, out, native.slopes)
+                head += count
+            start += length
+
+    @contextlib.contextmanager
+    def _of_session(self, number: int) -> Iterator[None]:
+        """Says of tokens that are lost whose they are."""
+        try:
+            yield
+        except LostTokens as lost:
+            if len(self.sessions) > 1:
+                raise LostTokens(lost.store, replace(lost.problems[0], where=f"sessions[{number}]")) from lost
+            raise
+
     def _looks_up(self, group: HeadGroup, length: int) -> bool:
         return length == 1 and not self.prompt and self.model.kernels.look_up(group)
 
@@ -324,13 +358,13 @@ class PackedCall:
         by_kv_head = (facts.kv_heads, facts.queries_per_kv)
         slopes_KG = torch.tensor(facts.slopes, dtype=torch.float64).unflatten(0, by_kv_head) if facts.slopes else None
         start = row = 0
-        for session, before, length in zip(self.sessions, self.before, self.lengths, strict=True):
+        for number, (session, before, length) in enumerate(zip(self.sessions, self.before, self.lengths, strict=True)):
             skip = length - 1 if last_only else 0
             query_KGSD = query[0, :, start : start + length].unflatten(0, by_kv_head)
             sink_query_KGSD = None if sink_query is None else sink_query[0, :, start : start + length].unflatten(0, by_kv_head)
             out_SKGE = out[0, row : row + length - skip].unflatten(1, by_kv_head)
             for group, store in zip(plan.groups, session.stores(site), strict=True):
-                if self.model.kernels.serve(group) or self._looks_up(group, length):
+                if self.model.kernels.reads(group) or self._looks_up(group, length):
                     continue
                 if self._prompt_rows(group, store, length) is not None:
                     continue
@@ -346,7 +380,8 @@ class PackedCall:
                     skip,
                     self.prompt or length > 1,
                 )
-                state = new.attend(facts, group, store)
+                with self._of_session(number):
+                    state = new.attend(facts, group, store)
                 if sinks is not None:
                     state = apply_learnt_sinks(state, sinks.unflatten(0, by_kv_head)[heads])
                 out_SKGE[:, heads] = state.out.permute(2, 0, 1, 3).to(out.dtype)

@@ -6,7 +6,7 @@ Python says once a call where every store's positions lie; appending, attending 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcompile.ir.errors import Problem, TargetError
 from kvcompile.ir.plan import HeadGroup, Plan
 from kvcompile.ir.request import Request
+from kvcompile.runtime.descriptor import Descriptor
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.store import KVStore
 
@@ -51,6 +52,14 @@ class NativeKernels:
         """Whether a C++ kernel attends for a group of KV heads, whose keys are not found but all visible ones."""
         return group.policy.found is None and self._has(group, group.request)
 
+    def reads(self, group: HeadGroup) -> bool:
+        """Whether the keys of a group of KV heads lie as C++ kernels read all of them."""
+        return self.serve(group) or self.stage(group)
+
+    def stage(self, group: HeadGroup) -> bool:
+        """Whether a C++ kernel attends for a group of KV heads whose keys it sees part by part."""
+        return group.device == "disk" and self._built(group.request)
+
     def read_prompts(self, group: HeadGroup) -> bool:
         """Whether a C++ kernel reads the prompts of a group of KV heads whose keys are found."""
         return group.policy.found is not None and self._has(group, group.request)
@@ -60,7 +69,10 @@ class NativeKernels:
         return self._has(group, group.lookup)
 
     def _has(self, group: HeadGroup, request: Request | None) -> bool:
-        return group.device == "cpu" and request is not None and request.key in self.keys
+        return group.device == "cpu" and self._built(request)
+
+    def _built(self, request: Request | None) -> bool:
+        return request is not None and request.key in self.keys
 
     def number(self, request: Request | None) -> int:
         """What the operators' tables call a request's kernel."""
@@ -167,8 +179,8 @@ class NativeTable:
 class NativeSite(NamedTuple):
     """kv_heads: those of a site in the order of its groups, int64.
 
-    some, reads_prompts, looks_up: whether it has groups that kernels serve, whose prompts alone a kernel reads, and that a kernel looks
-    keys up for.  rest: whether it has groups for which torch does one or the other.
+    some, reads_prompts, looks_up, stages: whether it has groups that kernels serve, whose prompts alone a kernel reads, that a kernel
+    looks keys up for, and whose keys it sees part by part.  rest: whether it has groups for which torch does one or the other.
     slopes: float32 [query_heads] of a site with ALiBi.
     """
 
@@ -176,6 +188,7 @@ class NativeSite(NamedTuple):
     some: bool
     reads_prompts: bool
     looks_up: bool
+    stages: bool
     rest: bool
     slopes: Tensor | None
 
@@ -184,13 +197,14 @@ def native_sites(plan: Plan, kernels: NativeKernels) -> list[NativeSite]:
     """What the kernels serve of each site."""
     found = []
     for site in plan.sites:
-        served, prompts, looked_up = (
-            [has(group) for group in site.groups] for has in (kernels.serve, kernels.read_prompts, kernels.look_up)
+        served, staged, prompts, looked_up = (
+            [has(group) for group in site.groups] for has in (kernels.serve, kernels.stage, kernels.read_prompts, kernels.look_up)
         )
-        rest = not all(every or (prompt and single) for every, prompt, single in zip(served, prompts, looked_up, strict=True))
+        whole = zip(served, staged, prompts, looked_up, strict=True)
+        rest = not all(every or parts or (prompt and single) for every, parts, prompt, single in whole)
         kv_heads = torch.tensor([head for group in site.groups for head in group.kv_heads], dtype=torch.int64)
         slopes = torch.tensor(site.site.slopes, dtype=torch.float32) if site.site.slopes else None
-        found.append(NativeSite(kv_heads, any(served), any(prompts), any(looked_up), rest, slopes))
+        found.append(NativeSite(kv_heads, any(served), any(prompts), any(looked_up), any(staged), rest, slopes))
     return found
 
 
@@ -213,6 +227,31 @@ def attend_native(
     """
     table = tables[0] if len(tables) == 1 else torch.cat(list(tables))
     torch.ops.kvc_native.attend.default(query, key, value, learnt_sinks, sink_query, slopes, table, kv_heads, out)
+
+
+def attend_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    learnt_sinks: Tensor | None,
+    row: Sequence[int],
+    parts: Iterator[tuple[int, int, Descriptor]],
+    end: int,
+    kv_heads: Tensor,
+    out: Tensor,
+    slopes: Tensor | None,
+) -> None:
+    """Attends for one row of a table, over all positions up to `end`, which `parts` shows one after the other as (first, end,
+    descriptor); the new tokens are in the store already.  The other arguments as of `attend_native`."""
+    per_kv = query.shape[1] // key.shape[1]
+    queries = row[Column.NEW] - row[Column.SKIP]
+    states = torch.empty(row[Column.HEAD_COUNT] * queries * per_kv * (value.shape[3] + 2))
+    table = torch.tensor([row], dtype=torch.int64)
+    for first, stop, descriptor in parts:
+        table[0, Column.STORE] = descriptor.address
+        torch.ops.kvc_native.attend_part.default(
+            query, key, value, learnt_sinks, slopes, table, kv_heads, out, states, first, stop, stop == end
+        )
 
 
 def _signed(number: int) -> int:

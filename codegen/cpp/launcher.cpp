@@ -2,6 +2,7 @@
 //
 //   kvc_native::load(...)        makes the kernels of a shared object known by their content hash
 //   kvc_native::attend(...)      appends new tokens to the stores of one site and attends over them, for all sessions of a call
+//   kvc_native::attend_part(...) attends to one part of a store that is never in memory as a whole
 //   kvc_native::lookup(...)      the same for one token over keys that a sketch finds (lookup_operator.cpp)
 //   kvc_native::sketch_*(...)    the parts of making a sketch (sketch_build.cpp)
 //   kvc_native::linears(...)     linear layers of one input; few tokens go to a generated kernel, many to torch
@@ -295,6 +296,64 @@ void attend_many(const Call &call, const std::vector<Group *> &groups) {
   });
 }
 
+// Attention of a tile of queries over positions [from, to), merged into the state of those before; `last` writes the result.
+void attend_part_of_tile(const Call &call, const Group &group, int64_t head, int64_t first, int64_t tokens, int64_t from, int64_t to,
+                         bool last, float *states) {
+  static thread_local Chunks chunks;
+  static thread_local std::vector<float> memory;
+  const KvcAttendKernel &kernel = *group.kernel;
+  const int64_t rows = tokens * kernel.queries_per_kv, position = group.before + group.skip + first;
+  const KvcState state = state_at(states + (head * group.queries() + first) * group.state_floats(), rows, kernel.value_dim);
+  memory.resize(rows * (kernel.value_dim + 2));
+  const KvcState next = state_at(memory.data(), rows, kernel.value_dim);
+  Seen seen(kernel, position, position + tokens - 1);
+  seen.first = from, seen.end = std::min(to, seen.end);
+  if (seen.first < seen.end) {
+    const KvcQueries queries = queries_of(call, group, head, first, tokens, false);
+    chunks.find(kernel, group.store, head, seen);
+    for (int64_t c = 0; c < chunks.count(); c++) {
+      const bool begins = from == 0 && c == 0;
+      kernel.attend(&queries, chunks.pieces.data() + chunks.cuts[c], chunks.cuts[c + 1] - chunks.cuts[c], begins ? &state : &next);
+      if (!begins) merge(state, next, rows, kernel.value_dim);
+    }
+  }
+  if (last) finish(call, group, head, first, tokens, state);
+}
+
+// One query token: each chunk of each head has a thread; their states are merged in order.
+void attend_part_of_single(const Call &call, const Group &group, int64_t from, int64_t to, bool last, float *states) {
+  static thread_local std::vector<float> memory;
+  const KvcAttendKernel &kernel = *group.kernel;
+  const int64_t count = (to - from + kChunkTokens - 1) / kChunkTokens, floats = group.state_floats();
+  memory.resize(group.head_count * count * floats);
+  float *found = memory.data();
+  const auto attend_chunk = [&, found](int64_t i) {
+    static thread_local Chunks chunks;
+    const int64_t head = i / count, at = from + i % count * kChunkTokens;
+    Seen seen(kernel, group.end() - 1, group.end() - 1);
+    seen.first = at, seen.end = std::min(to, at + kChunkTokens);
+    chunks.find(kernel, group.store, head, seen);
+    const KvcQueries query = queries_of(call, group, head, 0, 1, false);
+    const KvcState state = state_at(found + i * floats, kernel.queries_per_kv, kernel.value_dim);
+    kernel.attend(&query, chunks.pieces.data(), chunks.pieces.size(), &state);
+  };
+  if ((to - from) * group.head_count <= kInlineTokens)
+    for (int64_t i = 0; i < group.head_count * count; i++) attend_chunk(i);
+  else
+    each_on_threads(group.head_count * count, attend_chunk);
+  for (int64_t head = 0; head < group.head_count; head++) {
+    const KvcState state = state_at(states + head * floats, kernel.queries_per_kv, kernel.value_dim);
+    for (int64_t c = 0; c < count; c++) {
+      float *next = found + (head * count + c) * floats;
+      if (from == 0 && c == 0)
+        std::copy(next, next + floats, states + head * floats);
+      else
+        merge(state, state_at(next, kernel.queries_per_kv, kernel.value_dim), kernel.queries_per_kv, kernel.value_dim);
+    }
+    if (last) finish(call, group, head, 0, 1, state);
+  }
+}
+
 bool names_heads_of(const Group &group, int64_t kv_heads) {
   return std::all_of(group.heads, group.heads + group.head_count, [&](int64_t head) { return head >= 0 && head < kv_heads; });
 }
@@ -306,12 +365,29 @@ bool has_room(const Group &group) {
   return store[0] == kRing || (parts > 0 && store[2 + parts * kPartWords - 1] >= group.end());
 }
 
+// Whether the parts of a `growing` store hold positions [first, end) without a gap.
+bool holds(const int64_t *store, int64_t first, int64_t end) {
+  if (store[0] != kGrowing) return false;
+  for (int64_t i = 0; i < store[1]; i++) {
+    const int64_t *part = store + 2 + i * kPartWords;
+    if (part[4] <= first) first = std::max(first, part[5]);
+  }
+  return first >= end;
+}
+
+// What a call was given; the tensors live as long as the pointers to them.
+struct Arguments {
+  Tensor query, key, value, sink_query;
+  Call call;
+  std::vector<Group> groups;
+};
+
 // query [1, query_heads, tokens, head_dim], key and value [1, kv_heads, tokens, ...]: new tokens of all sessions, one after another.
 // learnt_sinks, slopes [query_heads], float32.  sink_query: like query, what kernels with `cache_index` show to the sinks.
 // table [groups, columns] and kv_heads: int64.  out [1, rows, query_heads, value_dim].
-void attend(const Tensor &any_query, const Tensor &any_key, const Tensor &any_value, const std::optional<Tensor> &learnt_sinks,
-            const std::optional<Tensor> &any_sink_query, const std::optional<Tensor> &slopes, const Tensor &table, const Tensor &kv_heads,
-            Tensor out) {
+Arguments read_arguments(const Tensor &any_query, const Tensor &any_key, const Tensor &any_value, const std::optional<Tensor> &learnt_sinks,
+                         const std::optional<Tensor> &any_sink_query, const std::optional<Tensor> &slopes, const Tensor &table,
+                         const Tensor &kv_heads, const Tensor &out) {
   const Tensor query = rows_of(any_query, "query"), key = rows_of(any_key, "key"), value = rows_of(any_value, "value");
   const Tensor sink_query = any_sink_query ? rows_of(*any_sink_query, "sink_query") : query;
   STD_TORCH_CHECK(query.size(2) == key.size(2) && query.size(2) == value.size(2) && key.size(1) == value.size(1),
@@ -344,7 +420,6 @@ void attend(const Tensor &any_query, const Tensor &any_key, const Tensor &any_va
                (char *)out.data_ptr(),
                query.size(1)};
   std::vector<Group> groups(table.size(0));
-  std::vector<Group *> single, many;
   const int64_t *all_heads = (const int64_t *)kv_heads.data_ptr();
   for (size_t i = 0; i < groups.size(); i++) {
     const int64_t *row = (const int64_t *)table.data_ptr() + i * kColumnCount;
@@ -366,11 +441,55 @@ void attend(const Tensor &any_query, const Tensor &any_key, const Tensor &any_va
                         group.out_row >= 0 && group.out_row + group.queries() <= out.size(1) && group.before >= 0 && row[kHeads] >= 0 &&
                         group.head_count >= 0 && row[kHeads] + group.head_count <= kv_heads.size(0) && names_heads_of(group, key.size(1)),
                     "the table names rows that are not there");
-    STD_TORCH_CHECK(group.store && has_room(group), "the store has no room for the new tokens");
+    STD_TORCH_CHECK(group.store, "a store is missing");
+  }
+  return {query, key, value, sink_query, call, groups};
+}
+
+void attend(const Tensor &query, const Tensor &key, const Tensor &value, const std::optional<Tensor> &learnt_sinks,
+            const std::optional<Tensor> &sink_query, const std::optional<Tensor> &slopes, const Tensor &table, const Tensor &kv_heads,
+            Tensor out) {
+  Arguments given = read_arguments(query, key, value, learnt_sinks, sink_query, slopes, table, kv_heads, out);
+  std::vector<Group *> single, many;
+  for (Group &group : given.groups) {
+    STD_TORCH_CHECK(has_room(group), "the store has no room for the new tokens");
     (group.tokens == 1 ? single : many).push_back(&group);
   }
-  if (!many.empty()) attend_many(call, many);
-  if (!single.empty()) attend_single(call, single);
+  if (!many.empty()) attend_many(given.call, many);
+  if (!single.empty()) attend_single(given.call, single);
+}
+
+// Attends to positions [first, end) for one row of the table, whose store shows a part of the past that holds them, the new tokens as
+// much as others: nothing is appended.  states: float32, [KV heads of the row, queries, queries_per_kv, value_dim + 2] in number, what
+// the positions before `first` gave; the parts come in order, and with the last one the result is written.
+void attend_part(const Tensor &query, const Tensor &key, const Tensor &value, const std::optional<Tensor> &learnt_sinks,
+                 const std::optional<Tensor> &slopes, const Tensor &table, const Tensor &kv_heads, Tensor out, Tensor states, int64_t first,
+                 int64_t end, bool last) {
+  const Arguments given = read_arguments(query, key, value, learnt_sinks, std::nullopt, slopes, table, kv_heads, out);
+  STD_TORCH_CHECK(given.groups.size() == 1, "parts are attended to for one row of the table at a time");
+  const Group &group = given.groups[0];
+  const KvcAttendKernel &kernel = *group.kernel;
+  STD_TORCH_CHECK(!kernel.recent_tokens && !kernel.chunk_tokens, "parts are attended to by kernels that see all the past");
+  STD_TORCH_CHECK(first >= 0 && first % kChunkTokens == 0 && first < end && end <= group.end() && holds(group.store, first, end),
+                  "the store does not show these positions");
+  STD_TORCH_CHECK(states.is_contiguous() && states.scalar_type() == ScalarType::Float &&
+                      states.numel() == group.head_count * group.queries() * group.state_floats(),
+                  "states must be contiguous float32, value_dim + 2 numbers a query and head");
+  float *memory = (float *)states.data_ptr();
+  if (group.tokens == 1) return attend_part_of_single(given.call, group, first, end, last, memory);
+  struct Work {
+    int64_t head, first, tokens;
+  };
+  std::vector<Work> tiles;
+  const int64_t size = kernel.tile_tokens, begin = group.before + group.skip;
+  for (int64_t head = 0; head < group.head_count; head++)
+    for (int64_t at = begin, stop; at < group.end(); at = stop) {
+      stop = std::min(group.end(), (at / size + 1) * size);
+      tiles.push_back({head, at - begin, stop - at});
+    }
+  each_on_threads(tiles.size(), [&](int64_t i) {
+    attend_part_of_tile(given.call, group, tiles[i].head, tiles[i].first, tiles[i].tokens, first, end, last, memory);
+  });
 }
 
 Tensor linear_of_many(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
@@ -441,10 +560,14 @@ STABLE_TORCH_LIBRARY(kvc_native, m) {
   m.def(
       "attend(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, Tensor? sink_query, Tensor? slopes, Tensor table, "
       "Tensor kv_heads, Tensor(a!) out) -> ()");
+  m.def(
+      "attend_part(Tensor query, Tensor key, Tensor value, Tensor? learnt_sinks, Tensor? slopes, Tensor table, Tensor kv_heads, "
+      "Tensor(a!) out, Tensor(b!) states, int first, int end, bool last) -> ()");
   m.def("linears(Tensor x, Tensor[] weights, Tensor[]? biases, str kernel) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(kvc_native, CompositeExplicitAutograd, m) { m.impl("load", TORCH_BOX(&load)); }
 STABLE_TORCH_LIBRARY_IMPL(kvc_native, CPU, m) {
   m.impl("attend", TORCH_BOX(&attend));
+  m.impl("attend_part", TORCH_BOX(&attend_part));
   m.impl("linears", TORCH_BOX(&linears));
 }
