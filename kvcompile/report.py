@@ -76,8 +76,9 @@ def fold_sites(plan: Plan) -> list[list[SitePlan]]:
 def describe_groups(site: SitePlan) -> str:
     """`1 full (all), 2 streaming (sink 16 + recent 256)`."""
     parts = []
-    for (name, zones, store, positions), count in _policy_counts(site).items():
+    for (name, zones, store, positions, device), count in _policy_counts(site).items():
         kept = " and ".join(zones) + (f", positions {positions}" if positions != "absolute" else "")
+        kept += f" on {device}" if device else ""
         told = name if kept == "all" and name == "full" else f"{name} ({kept})"
         parts.append(f"{count} {told}{f' in {store}' if store else ''}")
     return ", ".join(parts)
@@ -85,22 +86,34 @@ def describe_groups(site: SitePlan) -> str:
 
 def layer_table(plan: Plan, contexts: Sequence[int]) -> Table:
     """One row for each run of equal layers: bytes of one of them."""
-    columns = [f"{format_tokens(context)} {word}" for context in contexts for word in ("stored", "read")]
+    words = ("stored", "on disk", "read") if _uses_disk(plan) else ("stored", "read")
+    columns = [f"{format_tokens(context)} {word}" for context in contexts for word in words]
     rows = []
     for sites in fold_sites(plan):
         first, last = sites[0].site.index, sites[-1].site.index
-        cost = [
-            format_bytes(value)
-            for context in contexts
-            for value in (sites[0].stored_bytes(context) / context, sites[0].read_bytes(context))
-        ]
+        cost = [format_bytes(value) for context in contexts for value in _costs(sites[0], context, words)]
         rows.append((f"{first}" if first == last else f"{first}-{last}", describe_groups(sites[0]), *cost))
     return Table(
         ("layers", "KV heads", *columns),
         tuple(rows),
-        "Each layer: bytes stored for a token of context, bytes read for a generated token",
+        f"Each layer: bytes stored for a token of context{', in memory and on disk' if _uses_disk(plan) else ''}, "
+        "bytes read for a generated token",
         frozenset(range(2, 2 + len(columns))),
     )
+
+
+def _uses_disk(plan: Plan) -> bool:
+    return any(group.device == "disk" for site in plan.sites for group in site.groups)
+
+
+def _costs(site: SitePlan, context: int, words: Sequence[str]) -> list[float]:
+    """Bytes of a layer, in the order of the table's columns."""
+    costs = {
+        "stored": site.stored_bytes(context) / context,
+        "on disk": site.disk_bytes(context) / context,
+        "read": site.read_bytes(context),
+    }
+    return [costs[word] for word in words]
 
 
 def total_table(plan: Plan, contexts: Sequence[int]) -> Table:
@@ -114,12 +127,15 @@ def total_table(plan: Plan, contexts: Sequence[int]) -> Table:
                 *(format_bytes(value) for value in (full, stored)),
                 _ratio(full, stored),
                 format_bytes(stored / context),
+                *([format_bytes(plan.disk_bytes(context) / context)] if _uses_disk(plan) else []),
                 format_bytes(read),
                 _ratio(full, read),
             )
         )
-    header = ("context", "full cache", "stored", "less by", "stored a token", "read a token", "less by")
-    return Table(header, tuple(rows), "The model: bytes of a session", frozenset(range(1, 7)))
+    on_disk = ("on disk a token",) if _uses_disk(plan) else ()
+    header = ("context", "full cache", "stored", "less by", "stored a token", *on_disk, "read a token", "less by")
+    title = "The model: bytes of a session" + (", stored in memory" if on_disk else "")
+    return Table(header, tuple(rows), title, frozenset(range(1, len(header))))
 
 
 def plan_tables(plan: Plan, contexts: Sequence[int]) -> list[Table]:
@@ -141,6 +157,8 @@ def plan_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
     if plan.position_rows is not None:
         remarks.append(f"the model has learnt positions for {plan.position_rows} tokens: no session can be longer")
     remarks += _build_remarks(plan, contexts)
+    if plan.staging_bytes:
+        remarks.append(f"blocks from the disk are read into {format_bytes(plan.staging_bytes)} of memory, once for all sessions")
     return [*remarks, *_convolution_remarks(plan), *(f"note: {note}" for note in plan.notes)]
 
 
@@ -179,6 +197,8 @@ def plan_dict(plan: Plan, contexts: Sequence[int]) -> dict[str, Any]:
                 "tokens": context,
                 "stored_bytes": plan.stored_bytes(context),
                 "stored_bytes_per_context_token": plan.stored_bytes(context) / context,
+                "disk_bytes": plan.disk_bytes(context),
+                "disk_bytes_per_context_token": plan.disk_bytes(context) / context,
                 "read_bytes_per_generated_token": plan.read_bytes(context),
                 "full_bytes": plan.full_bytes(context),
             }
@@ -270,15 +290,17 @@ def _site_dict(site: SitePlan, contexts: Sequence[int]) -> dict[str, Any]:
             for group in site.groups
         ],
         "stored_bytes": {str(context): site.stored_bytes(context) for context in contexts},
+        "disk_bytes": {str(context): site.disk_bytes(context) for context in contexts},
         "read_bytes": {str(context): site.read_bytes(context) for context in contexts},
     }
 
 
-def _policy_counts(site: SitePlan) -> Counter[tuple[str, tuple[str, ...], str, str]]:
-    counts: Counter[tuple[str, tuple[str, ...], str, str]] = Counter()
+def _policy_counts(site: SitePlan) -> Counter[tuple[str, tuple[str, ...], str, str, str]]:
+    counts: Counter[tuple[str, tuple[str, ...], str, str, str]] = Counter()
     for group in site.groups:
         zones = tuple(zone.describe() for zone in group.policy.zones)
-        counts[(group.policy.name, zones, group.policy.store.describe(), group.policy.positions)] += len(group.kv_heads)
+        policy = group.policy
+        counts[(policy.name, zones, policy.store.describe(), policy.positions, policy.device or "")] += len(group.kv_heads)
     return counts
 
 

@@ -61,7 +61,7 @@ def _refuse_beside_choices(unit: Unit, site: AttentionSite, policies: tuple[Head
         quantised, rotated = policy.store.quantised is not None, policy.positions != "absolute"
         if policy.found is not None or quantised or rotated or policy.device:
             field = "zones" if policy.found is not None or policy.device else "store" if quantised else "positions"
-            what = f"{site.path} chooses {site.chosen_tokens} keys for each query itself, of exact keys at their own positions in memory."
+            what = f"{site.path} chooses {site.chosen_tokens} keys for each query itself, of exact keys in memory, at their own positions."
             raise SpecError(Problem(unit.spec.where(f"policies.{policy.name}.{field}"), what, "Use full or streaming for this model."))
 
 

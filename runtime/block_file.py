@@ -115,11 +115,6 @@ class BlockFile:
             return f"{error.strerror}"
         return None
 
-    def read_ahead(self, slot: int, blocks: int) -> None:
-        """Lets the system fetch blocks that are wanted soon."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, slot * self.block_bytes, blocks * self.block_bytes, os.POSIX_FADV_WILLNEED)
-
     def reclaim(self) -> None:
         """Gives the system what lies behind the last block that is read, reserved room too."""
         self._collect()

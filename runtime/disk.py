@@ -6,7 +6,9 @@ Rules:
 1. DISK_BLOCK_TOKENS tokens are one block of the file: the keys of every KV head, then the values, as `layout` says.  The tokens behind
    the last full block are kept in memory.
 2. A fork holds its parent's blocks, and copies what is in memory; it writes what follows to a file of its own.
-3. What is read is held against its checksum.  Damage is told as the tokens that are lost; the store then stays as it is, and every
+3. Blocks are read in the order of the context, which is the order of the file: the system reads ahead by itself.  Asking it to
+   (posix_fadvise) and a thread that reads the next blocks were measured, and were slower (docs/disk_tier.md).
+4. What is read is held against its checksum.  Damage is told as the tokens that are lost; the store then stays as it is, and every
    further read of them fails the same way.
 Source: FlexGen (Sheng et al. 2023, section 4), which keeps the cache on a disk and reads it block by block.
 """
@@ -268,8 +270,6 @@ class DiskStore:
 
     def _read(self, begin: int, blocks: list[Block], staging: Staging) -> None:
         """Blocks from number `begin` on, whole and unharmed.  Raises LostTokens."""
-        for file, slot, count in runs_of(self._blocks[begin + len(blocks) : begin + 3 * STAGED_BLOCKS]):
-            file.read_ahead(slot, count)
         place = 0
         for file, slot, count in runs_of(blocks):
             fault = file.read(slot, staging.bytes[place * self.form.bytes : (place + count) * self.form.bytes])

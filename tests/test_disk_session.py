@@ -50,7 +50,12 @@ def disk_stores(session: Session) -> list[DiskStore]:
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)  # float32; blocks merge in another order
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)  # float32; torch merges blocks in another order
+
+
+def assert_equal(kernels: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """The C++ kernels cut what is in memory and what is on disk into the same chunks, and merge them in the same order: no bit differs."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0) if kernels == "generated" else assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kernels", ["generated", "torch"])
@@ -58,10 +63,38 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_logits_equal_those_of_the_same_heads_in_memory(kernels, chunk):
     tokens = ids(300 if chunk == 1 else 2700)
     memory, disk = compiled(False, kernels).session(), compiled(True, kernels).session()
-    expected = memory.prefill(tokens, logits="all")
-    assert_close(torch.cat([disk.prefill(part, logits="all") for part in tokens.split(chunk)]), expected)
+    expected, found = (torch.cat([each.prefill(part, logits="all") for part in tokens.split(chunk)]) for each in (memory, disk))
+    assert_equal(kernels, found, expected)
     for token in (5, 6):
-        assert_close(disk.step(token), memory.step(token))
+        assert_equal(kernels, disk.step(token), memory.step(token))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_whatever_the_number_of_threads_no_bit_differs(threads):
+    tokens, before = ids(2 * 1024 + 77), torch.get_num_threads()
+    memory, disk = compiled(False).session(), compiled(True).session()
+    try:
+        torch.set_num_threads(threads)
+        expected, found = ([each.prefill(tokens, logits="all"), each.step(5)] for each in (memory, disk))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(found, expected, strict=True):
+        assert_equal("generated", one, other)
+
+
+def test_a_kernel_attends_to_every_part(monkeypatch):
+    session, seen = compiled(True).session(), []
+    session.prefill(ids(2 * 1024 + 77))
+
+    def counted(*arguments: Any) -> None:
+        seen.append(arguments[-3:-1])
+        return attend_part(*arguments)
+
+    attend_part = torch.ops.kvc_native.attend_part.default
+    monkeypatch.setattr(torch.ops.kvc_native.attend_part, "default", counted)
+    session.step(3)
+    parts = [(0, 1024), (1024, 2048), (2048, 2126)]
+    assert seen == [part for _ in disk_stores(session) for part in parts]
 
 
 @pytest.mark.parametrize("toy", ["gpt_oss", "gemma2", "gemma3", "lfm2"])
@@ -167,9 +200,9 @@ def test_a_damaged_block_breaks_its_session_and_no_other(kernels):
     for session in (broken, other, expected):
         session.prefill(ids(700))
     damage(disk_stores(broken)[0], 300)
-    with pytest.raises(SessionError, match=r"sessions\[1\]: the keys and values of .*layers.0.* at positions 256 to 511 of 701 cannot be read"):
+    with pytest.raises(SessionError, match=r"sessions\[1\]: the keys and values of .*layers.0.* at positions 256 to 511 of 701"):
         model.step([other, broken], [1, 1])
-    with pytest.raises(SessionError, match="session: the keys and values .* at positions 256 to 511 .*\n  Start a new session"):
+    with pytest.raises(SessionError, match=r"session: the keys and values .* at positions 256 to 511 .*\n  Start a new session"):
         broken.step(1)
     assert_close(other.step(1), expected.step(1))
     assert len(other) == 701
@@ -188,7 +221,7 @@ def test_a_full_disk_takes_the_call_back_and_the_session_goes_on(monkeypatch, ke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(block_file.os, "posix_fallocate", full)
-    with pytest.raises(CapacityError, match="No space left on device. The call is taken back: the session lost nothing"):
+    with pytest.raises(CapacityError, match=r"No space left on device\. The call is taken back: the session lost nothing"):
         session.prefill(ids(1000, 1))
     assert (len(session), session.disk_nbytes()) == (700, held)
     assert_close(session.step(1), other.step(1))

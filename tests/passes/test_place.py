@@ -54,6 +54,21 @@ def test_a_streaming_plan_fits_where_a_full_one_does_not():
     Place().run(replace(unit, context_tokens=1 << 20))
 
 
+def test_a_plan_on_disk_needs_memory_for_a_block_and_the_staging_area():
+    policies = {"far": {"zones": [{"all": {"device": "disk"}}]}}
+    options = {"policies": policies, "heads": [{"policy": "far"}]}
+    placed = Place().run(replace(before("place", toys.llama(layers=2), **options), context_tokens=1 << 20)).plan
+    groups = [group for site in placed.sites for group in site.groups]
+    assert [(group.device, group.capacity_tokens) for group in groups] == [("disk", None)] * 2
+    block = 256 * 512 // 2  # tokens, bytes of one layer
+    assert (placed.stored_bytes(1 << 20), placed.staging_bytes) == (2 * block, 4 * block)
+    assert placed.disk_bytes((1 << 20) + 255) == (1 << 20) * 512
+    fits = 6 * block + placed.weight_bytes
+    Place().run(replace(before("place", toys.llama(layers=2), target={"memory": fits}, **options), context_tokens=1 << 20))
+    with pytest.raises(CapacityError, match=r"for one session of 1048576 tokens\), more than the declared"):
+        Place().run(replace(before("place", toys.llama(layers=2), target={"memory": fits - 1}, **options), context_tokens=1 << 20))
+
+
 @pytest.mark.parametrize(
     ("group", "told"),
     [

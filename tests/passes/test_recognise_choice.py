@@ -139,6 +139,7 @@ def test_another_choice_is_refused(kind, why):
     [
         ({"zones": [{"all": {}}], "store": {"dtype": "int8"}}, "store"),
         ({"zones": [{"sink_recent": {"sink_tokens": 2, "recent_tokens": 9}}], "positions": "cache_index"}, "positions"),
+        ({"zones": [{"all": {"device": "disk"}}]}, "zones"),
         ({"zones": [{"sink_recent": {"sink_tokens": 2, "recent_tokens": 9}}, {"top_k": {"k": 4, "index": "flat"}}]}, "zones"),
     ],
 )
@@ -146,5 +147,5 @@ def test_a_policy_that_such_a_site_cannot_follow_is_refused(policy, field):
     with pytest.raises(SpecError) as caught:
         after("build_zones", Choosing().eval(), policies={"other": policy}, heads=[{"policy": "other"}])
     assert f"policies.other.{field}" in str(caught.value)
-    assert f"chooses {CHOSEN} keys for each query itself, of exact keys at their own positions." in str(caught.value)
+    assert f"chooses {CHOSEN} keys for each query itself, of exact keys in memory, at their own positions." in str(caught.value)
     assert str(caught.value).endswith("\n  Use full or streaming for this model.")

@@ -74,7 +74,9 @@ def test_tokens_come_back_at_every_border(tokens, chunk):
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize(("dtype", "layout"), [*((dtype, layout) for dtype in _DTYPES for layout in ("rows", "blocks")), (torch.float64, "rows")])
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [*((dtype, layout) for dtype in _DTYPES for layout in ("rows", "blocks")), (torch.float64, "rows")]
+)
 def test_tokens_are_kept_in_the_store_s_dtype_and_layout(dtype, layout):
     store, key, value = filled(BLOCK + 40, 33, dtype=dtype, layout=layout)
     assert_holds(store, key.to(dtype), value.to(dtype))
@@ -175,7 +177,7 @@ def test_a_fork_reads_its_parent_s_blocks_and_writes_to_a_file_of_its_own():
 
 
 def test_slots_are_written_again_and_the_end_of_the_file_is_given_back():
-    store, key, value = filled(8 * BLOCK)
+    store, *_ = filled(8 * BLOCK)
     size = lambda: os.fstat(store._file._descriptor).st_size  # noqa: E731
     assert size() == 8 * store.form.bytes
     store.rollback(5 * BLOCK + 1)
@@ -357,7 +359,7 @@ def test_too_many_open_files_are_told(monkeypatch, tmp_path):
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(block_file.os, "dup", none_left)
-    with pytest.raises(CapacityError, match="Too many open files.*\n  Raise the number of open files .`ulimit -n`.: a session has one"):
+    with pytest.raises(CapacityError, match=r"Too many open files.*\n  Raise the number of open files .`ulimit -n`.: a session has one"):
         BlockFile(str(tmp_path), 4096)
 
 

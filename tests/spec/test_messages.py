@@ -49,7 +49,10 @@ LOOKUP = f"policies: {{a: {{zones: [{SINKS}, {{top_k: {{"
         ),
         ("target: {memory: 4G}", 's.yaml:2: target.memory: "4G" is not allowed: a size such as 256MiB, 4GiB or 4GB.'),
         ("target: {deterministic: yes}", 's.yaml:2: target.deterministic: "yes" is not allowed: true or false.'),
-        ("target: 3", "s.yaml:2: target: 3 is not allowed: a mapping of device, threads, memory, deterministic, isa, kernels, segments."),
+        (
+            "target: 3",
+            "s.yaml:2: target: 3 is not allowed: a mapping of device, threads, memory, deterministic, isa, kernels, segments, disk.",
+        ),
         ("seed: -1", "s.yaml:2: seed: -1 is not allowed: a whole number from 0.\n  Write for example seed: 0."),
         ('seed: "12"', 's.yaml:2: seed: "12" is not allowed: a whole number from 0.'),
         ("seed: 1.0", "s.yaml:2: seed: 1.0 is not allowed: a whole number from 0."),
@@ -240,7 +243,41 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
             "policies: {a: {zones: [{all: {store: float16}}]}}",
             "policies.a.zones[0].all.store: a store for one zone is not built in kvcompile 0.1.0.\n  Write store at the policy.",
         ),
-        ("policies: {a: {zones: [{all: {device: cuda}}]}}", "policies.a.zones[0].all.device: a device for one zone is not built"),
+        ("policies: {a: {zones: [{all: {device: cuda}}]}}", "policies.a.zones[0].all.device: device cuda for one policy is not built"),
+        (
+            "policies: {a: {zones: [{all: {device: cpu}}]}}",
+            "policies.a.zones[0].all.device: cpu is the target's device already: it changes nothing.\n  Take it out, or write",
+        ),
+        (
+            "target: {device: cuda}\npolicies: {a: {zones: [{all: {device: disk}}]}}",
+            "policies.a.zones[0].all.device: device disk on cuda is not built in kvcompile 0.1.0.\n  Write target.device: cpu.",
+        ),
+        (
+            f"{SINK}, device: disk}}}}",
+            "policies.mine.device: sink_recent on disk is not built in kvcompile 0.1.0.\n  Write zones: [{all: {device: disk}}], or take",
+        ),
+        (
+            f"{LOOKUP} k: 1%, device: disk}}}}]}}}}",
+            "policies.a.zones[1].top_k.device: sink_recent and top_k on disk is not built in kvcompile 0.1.0.",
+        ),
+        (
+            "policies: {a: {zones: [{all: {device: disk}}], store: int8}}",
+            "store int8 on disk is not built in kvcompile 0.1.0.\n  Write store: bfloat16, float16 or float32.",
+        ),
+        ("policies: {a: {zones: [{all: {device: disk}}], store: {kivi: {bits: 2}}}}", "store kivi on disk is not built"),
+        (
+            "policies: {full: {zones: [{all: {device: disk}}]}}",
+            "policies.full.zones[0].all.device: full is what every compile is proved with: its keys and values stay in memory.\n  Give",
+        ),
+        (
+            "target: {disk: /tmp}",
+            "s.yaml:2: target.disk: no policy keeps its keys and values on disk.\n"
+            "  Take it out, or write a policy such as flexgen: {zones: [{all: {device: disk}}]}.",
+        ),
+        (
+            "target: {disk: s.yaml}\npolicies: {a: {zones: [{all: {device: disk}}]}}\nheads: [{policy: a}]",
+            's.yaml:2: target.disk: "s.yaml" is a file.\n  Name a folder that can be made or written to.',
+        ),
         (
             f"target: {{device: cuda}}\n{SINK}, store: int8}}}}",
             "policies.mine.store: store int8 on cuda is not built in kvcompile 0.1.0.\n  Write target.device: cpu.",
@@ -248,7 +285,7 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
         (f"target: {{device: cuda}}\n{SINK}, store: {{kivi: {{bits: 2}}}}}}}}", "policies.mine.store: store kivi on cuda is not built"),
         (
             f"{SINK}, device: cpu}}}}",
-            "policies.mine.device: a device for one policy is not built in kvcompile 0.1.0.\n  Write target.device;",
+            "policies.mine.device: cpu is the target's device already: it changes nothing.\n  Take it out, or write device: disk.",
         ),
         ("prefix: {relay: auto}", "s.yaml:2: prefix: a prefix shared by several sessions is not built in kvcompile 0.1.0.\n  Take it out."),
         (
