@@ -144,7 +144,7 @@ class BlockFile:
 
 def checksum(block: Bytes) -> int:
     """The sum of a block's 64-bit words.  Any change within one word changes it, and of other changes all but one in 2**64; it costs a
-    fifteenth of a CRC-32's time, so that every read can be held against it (docs/disk_tier.md)."""
+    tenth of a CRC-32's time, so that every read can be held against it (docs/disk_tier.md)."""
     return int(block.view(np.uint64).sum())
 
 

@@ -84,9 +84,9 @@ def test_a_plan_on_disk_tells_memory_and_disk_apart() -> None:
     on_disk = Plan((site(0, HeadGroup((0, 1, 2), far, device="disk")), site(1, HeadGroup((0, 1, 2), STREAMING))))
     text = plan_text(on_disk, [8192])
     assert "Each layer: bytes stored for a token of context, in memory and on disk, bytes read for a generated token" in text
-    assert "layers  KV heads                              8K stored  8K on disk    8K read" in text
-    assert "0       3 far (all on disk)                        24 B       768 B    6.0 MiB" in text
-    assert "1       3 streaming (sink 16 + recent 256)         26 B         0 B  204.0 KiB" in text
+    assert "layers  KV heads                            8K stored  8K on disk    8K read" in text
+    assert "0       3 far (all on disk)                      24 B       768 B    6.0 MiB" in text
+    assert "1       3 streaming (sink 16 + recent 256)       26 B         0 B  204.0 KiB" in text
     assert "context  full cache     stored  less by  stored a token  on disk a token  read a token  less by" in text
     assert "8K         12.0 MiB  396.0 KiB    31.0x            50 B            768 B       6.2 MiB     1.9x" in text
     assert "blocks from the disk are read into 768.0 KiB of memory, once for all sessions" in text

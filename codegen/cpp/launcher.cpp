@@ -441,7 +441,7 @@ Arguments read_arguments(const Tensor &any_query, const Tensor &any_key, const T
                         group.out_row >= 0 && group.out_row + group.queries() <= out.size(1) && group.before >= 0 && row[kHeads] >= 0 &&
                         group.head_count >= 0 && row[kHeads] + group.head_count <= kv_heads.size(0) && names_heads_of(group, key.size(1)),
                     "the table names rows that are not there");
-    STD_TORCH_CHECK(group.store, "a store is missing");
+    STD_TORCH_CHECK(group.store, "the store has no room for the new tokens");
   }
   return {query, key, value, sink_query, call, groups};
 }
