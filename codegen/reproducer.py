@@ -25,7 +25,7 @@ from torch import device, inf, nan  # names that generated code uses
 
 import kvcompile.ir.attend_op  # defines torch.ops.kvc.attend
 from kvcompile.compiler import run_passes
-from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, SinkRecent, Static, Store, TopK
+from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, Sample, SinkRecent, Static, Store, TopK
 from kvcompile.ir.spec import HeadRule, Output, Pattern, Spec, Target
 
 SPEC = {spec}

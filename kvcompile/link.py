@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from kvcompile.codegen.build import Build
-from kvcompile.codegen.cpp.render import graph_sources, launcher_sources, library_sources, refusal, render
+from kvcompile.codegen.cpp.render import graph_sources, launcher_sources, library_sources, lsh_sources, refusal, render
 from kvcompile.codegen.segment_binary import can_compile, compile_segment, segment_key
 from kvcompile.codegen.toolchain import BASE_FLAGS, Isa, Toolchain, find_toolchain, isa_flags, machine_isa, torch_flags, why_none
 from kvcompile.codegen.triton import sources as triton_sources
@@ -22,7 +22,7 @@ from kvcompile.ir.errors import BuildError, KvcompileError, Problem, TargetError
 from kvcompile.ir.graph_facts import ROARGRAPH
 from kvcompile.ir.linear_op import LINEARS
 from kvcompile.ir.plan import Plan
-from kvcompile.ir.policy import TopK
+from kvcompile.ir.policy import LookedUp, Sample
 from kvcompile.ir.request import LinearRequest, Request
 from kvcompile.ir.segment_description import SegmentDescription
 from kvcompile.ir.spec import Spec
@@ -30,6 +30,7 @@ from kvcompile.ir.tokens import fake_value
 from kvcompile.models import cache
 from kvcompile.runtime.native import NO_KERNELS, NativeKernels, load_kernels, load_launcher
 from kvcompile.runtime.native_graph import GraphLibrary, load_graphs
+from kvcompile.runtime.native_lsh import LshLibrary, load_lsh
 from kvcompile.runtime.program import EagerSegment, Program, Segment
 from kvcompile.runtime.segment import load_segment
 
@@ -79,7 +80,13 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
                 gemv = {request.dtype: kernels.name(request.key) for request in requests if isinstance(request, LinearRequest)}
         except BuildError as error:
             warnings.append(f"the kernels could not be built, so torch runs instead, which is slower. {error}")
-    if _walks(plans):
+    if toolchain is not None and target.kernels == "generated" and any(isinstance(zone, Sample) for zone in _looked_up(plans)):
+        try:
+            with stage("hash tables", "building or loading the library of hash tables"):
+                build_lsh(isa, toolchain, warnings=warnings, built=built)
+        except BuildError as error:
+            warnings.append(f"the library of hash tables could not be built, so torch looks into them, which is slower. {error}")
+    if any(zone.index == ROARGRAPH.name for zone in _looked_up(plans)):
         with stage("graphs", "building or loading the library of graphs"):
             build_graphs(isa, _compiler_of_graphs(spec), warnings=warnings, built=built)
     segments = _segments(graph, gemv)
@@ -94,10 +101,10 @@ def link(graph: torch.fx.GraphModule, plans: Iterable[Plan], spec: Spec, stage: 
     return Linked(Program.from_graph(graph, loaded), kernels, tuple(built), tuple(warnings))
 
 
-def _walks(plans: Iterable[Plan]) -> bool:
-    """Whether an index is a graph."""
-    found = (group.policy.found for plan in plans for site in plan.sites for group in site.groups)
-    return any(isinstance(zone, TopK) and zone.index == ROARGRAPH.name for zone in found)
+def _looked_up(plans: Iterable[Plan]) -> set[LookedUp]:
+    """The zones whose keys an index finds."""
+    zones = (group.policy.looked_up for plan in plans for site in plan.sites for group in site.groups)
+    return {zone for zone in zones if zone is not None}
 
 
 def _compiler_of_graphs(spec: Spec) -> Toolchain:
@@ -123,6 +130,22 @@ def build_graphs(
         built.append(graphs.key)
     with _kept(graphs.key, partial(_build, graphs), "kernels", warnings) as folder:
         return load_graphs(folder / graphs.library)
+
+
+def build_lsh(
+    isa: Isa,
+    toolchain: Toolchain,
+    extra_flags: tuple[str, ...] = (),
+    *,
+    warnings: list[str] | None = None,
+    built: list[str] | None = None,
+) -> LshLibrary:
+    """The library of hash tables, as `build_graphs`."""
+    tables = Build("kvc_lsh", lsh_sources(), BASE_FLAGS + isa_flags(isa) + extra_flags, toolchain, ("-pthread",))
+    if built is not None:
+        built.append(tables.key)
+    with _kept(tables.key, partial(_build, tables), "kernels", warnings) as folder:
+        return load_lsh(folder / tables.library)
 
 
 def kernel_sources(graph: torch.fx.GraphModule, plan: Plan) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What heads that look keys up find of a text: recall, bytes read and output error of every KV head with a `top_k` zone.
+"""What heads that look keys up find of a text: recall, bytes read and output error of every KV head whose keys an index finds.
 
 Letters: H KV heads, G queries per KV head, N queries asked, T keys of the cache, K keys found, D head_dim, E value_dim.
 
@@ -29,7 +29,7 @@ from kvcompile.heat_map import Cell, heat_map
 from kvcompile.ir.errors import KvcompileError, SpecError
 from kvcompile.ir.indexes import MIN_INDEXED_TOKENS, indexed_tokens
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
-from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, TopK
+from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, Sample
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.ir.store_bytes import packed_bytes, read_bytes, row_bytes
 from kvcompile.report import Table, format_bytes
@@ -51,7 +51,7 @@ TIE = 1e-4  # nats: a key that is so near to the k-th is as good; products of fl
 class HeadRecall:
     """What one KV head found, over all queries and the query heads that share it.
 
-    k:             keys that a query head asks for.
+    k:             keys that a query head asks for; of a zone that draws keys by chance, how many it drew in the mean, 1 at least.
     recall:        share of the k keys with the largest exact logits, of those that the index covers, that were found: the mean.
     output_error:  |o - o'| / |o| of the merged attention: the mean.
     scanned_share: bytes that a step reads, keys that several query heads found counted once, of those that full attention reads.
@@ -166,12 +166,12 @@ class Recall:
 
 
 def check_text(policies: Iterable[HeadPolicy], tokens: int, where: str) -> None:
-    """Raises KvcompileError where `tokens` tokens are too few for an index of every policy that has a `top_k` zone.
+    """Raises KvcompileError where `tokens` tokens are too few for an index of every policy that looks keys up.
 
     where: what the text was named by.
     """
     for policy in policies:
-        if not isinstance(policy.found, TopK) or _enough(policy, tokens):
+        if policy.looked_up is None or _enough(policy, tokens):
             continue
         needed = bisect_left(range(LONGEST_TEXT), True, key=partial(_enough, policy))
         if needed == LONGEST_TEXT:
@@ -184,9 +184,9 @@ def check_text(policies: Iterable[HeadPolicy], tokens: int, where: str) -> None:
 
 def _enough(policy: HeadPolicy, tokens: int) -> bool:
     """Whether an index of the first 7/8 is made, and has a choice."""
-    assert policy.window is not None and isinstance(policy.found, TopK)
+    assert policy.window is not None and policy.looked_up is not None
     cache = cache_tokens(tokens)
-    return indexed_tokens(policy.window.window_tokens + policy.rollback_tokens, cache) > policy.found.tokens(cache)
+    return indexed_tokens(policy.window.window_tokens + policy.waiting_tokens, cache) > policy.looked_up.tokens(cache)
 
 
 def cache_tokens(tokens: int) -> int:
@@ -206,13 +206,13 @@ def measure_recall(model: CompiledModel, ids: Tensor, where: str = "text", progr
     """What the model's heads find in a text of its tokens, ids [tokens] int64.
 
     where: what the text is named by in messages.  progress: called with a line for each chunk read and each layer measured.
-    Raises SpecError where no KV head has a `top_k` zone, KvcompileError where the text is too short.
+    Raises SpecError where no KV head looks keys up, KvcompileError where the text is too short.
     """
     told = progress or (lambda line: None)
-    looking = [(site, group) for site in model.plan.sites for group in site.groups if isinstance(group.policy.found, TopK)]
+    looking = [(site, group) for site in model.plan.sites for group in site.groups if group.policy.looked_up]
     if not looking:
         mend = "Give such a policy to KV heads of layers without a window of their own."
-        raise SpecError.at(model.spec.where("heads"), "no KV head of this model has a policy with a top_k zone.", mend)
+        raise SpecError.at(model.spec.where("heads"), "no KV head of this model has a policy with a top_k, clusters or sample zone.", mend)
     check_text((group.policy for _, group in looking), len(ids), where)
     full = model.with_plan(full_plan(model.plan))
     listener = _Listener(looking, cache_tokens(len(ids)), held_out(len(ids)))
@@ -261,6 +261,9 @@ def measure_group(
         given.append(_with_sinks(attend_found(store, query_HG1D, index, found[-1]), sinks_HG).out.squeeze(2))
     measured = []
     for head, kv_head in enumerate(group.kv_heads):
+        if isinstance(store.zone, Sample):
+            drawn = [(each.position_HGK[head] >= 0).sum(1).float().mean() for each in found]
+            k = max(1, round(float(sum(drawn)) / queries))
         key_TD, value_TE = key_HTD[head].double(), value_HTE[head].double()
         recalls, errors, rows = [], [], 0
         for number in range(queries):
@@ -398,7 +401,7 @@ def _not_looked_up(plan: Plan) -> str:
     parts: dict[str, list[tuple[int, int]]] = {}
     for site in plan.sites:
         for group in site.groups:
-            if isinstance(group.policy.found, TopK):
+            if group.policy.looked_up is not None:
                 continue
             if len(group.kv_heads) == site.site.kv_heads:
                 whole.setdefault(group.policy.name, []).append(site.site.index)

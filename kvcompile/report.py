@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.ir.errors import KvcompileError
+from kvcompile.ir.indexes import SAMPLING
 from kvcompile.ir.plan import Plan, SitePlan
+from kvcompile.ir.policy import Sample
 from kvcompile.ir.spec import Output
 
 if TYPE_CHECKING:
@@ -156,10 +158,22 @@ def plan_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
         remarks.append(f"{made_for}; bytes at {', '.join(beyond)} are computed all the same" if beyond else made_for)
     if plan.position_rows is not None:
         remarks.append(f"the model has learnt positions for {plan.position_rows} tokens: no session can be longer")
-    remarks += _build_remarks(plan, contexts)
+    remarks += [*_sample_remarks(plan), *_build_remarks(plan, contexts)]
     if plan.staging_bytes:
         remarks.append(f"blocks from the disk are read into {format_bytes(plan.staging_bytes)} of memory, once for all sessions")
     return [*remarks, *_convolution_remarks(plan), *(f"note: {note}" for note in plan.notes)]
+
+
+def _sample_remarks(plan: Plan) -> list[str]:
+    """One line for each zone that draws keys by chance, and each head_dim."""
+    drawn = {(group.policy.found, each.site.head_dim): None for each in plan.sites for group in each.groups}
+    return [
+        f"{zone.describe()}: how many keys are drawn is known only when they are; read bytes count "
+        f"{SAMPLING[zone.index].sampled_share(head_dim, dict(zone.options)):.2%} of those between sinks and window, as where keys of "
+        f"{head_dim} dimensions lie in all directions alike"
+        for zone, head_dim in drawn
+        if isinstance(zone, Sample)
+    ]
 
 
 def _build_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:

@@ -27,7 +27,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, SessionError, SpecError, UnsupportedGraphError
 from kvcompile.ir.plan import Plan
-from kvcompile.ir.policy import TopK
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.ir.spec import Spec, Target
 from kvcompile.ir.unit import Unit
@@ -152,7 +151,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers is not fo
         """Whether crop always works: no ring without `rollback`, and nothing that lets go of a prompt."""
         policies = [group.policy for site in self.plan.sites for group in site.groups]
         return all(
-            policy.window is None or isinstance(policy.found, TopK) or (policy.found is None and policy.rollback_tokens > 0)
+            policy.window is None or policy.looked_up is not None or (policy.found is None and policy.rollback_tokens > 0)
             for policy in policies
         )
 

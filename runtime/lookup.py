@@ -1,4 +1,5 @@
-"""Keys that are found, not scanned: the store of a policy with sink + recent tokens exact and a `top_k` zone between them.
+"""Keys that are found, not scanned: the store of a policy with sink + recent tokens exact, and between them a zone
+whose keys an index finds: `top_k`, `clusters`, or `sample`, whose keys are drawn by chance.
 
 Letters: H KV heads, G queries per KV head, S new tokens, T keys, K keys chosen, D head_dim, E value_dim.
 
@@ -15,17 +16,18 @@ and values, and of the index what is gone; it does not take back what was learnt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.ir.indexes import BLOCK_TOKENS, MIN_INDEXED_TOKENS, training_queries
-from kvcompile.ir.policy import SinkRecent, TopK
+from kvcompile.ir.policy import LookedUp, Sample, SinkRecent
 from kvcompile.runtime.attend import attend_spans
 from kvcompile.runtime.attend_held import attend_held
-from kvcompile.runtime.indexes.index import Found, KeyIndex, Prompt, Shaped
+from kvcompile.runtime.indexes.index import Found, KeyIndex, Prompt, SamplingIndex, Shaped
 from kvcompile.runtime.indexes.registry import index_kind
 from kvcompile.runtime.indexes.sketch import SketchIndex
 from kvcompile.runtime.merge import AttentionState, merge_all
@@ -42,18 +44,19 @@ LATE_TOKENS = 2 * BLOCK_TOKENS  # so many wait only behind a further prompt: the
 class LookupStore:
     """Keys, values and their index, of the KV heads of one group.
 
-    rows: holds every token.  scale, soft_cap: of the attention.  turn: of the site, among the BLOCK_TOKENS that share the work.
+    rows: holds every token.  scale, soft_cap: of the attention.  waiting_tokens: that have left the window and are in no index yet
+    (HeadPolicy.waiting_tokens).  turn: of the site, among the BLOCK_TOKENS that share the work.
     """
 
     def __init__(
         self,
         rows: RowStore,
         window: SinkRecent,
-        zone: TopK,
+        zone: LookedUp,
         queries_per_kv: int,
         scale: float,
         soft_cap: float | None,
-        rollback_tokens: int = 0,
+        waiting_tokens: int = 0,
         turn: int = 0,
     ) -> None:
         self.rows = rows
@@ -62,7 +65,7 @@ class LookupStore:
         self.queries_per_kv = queries_per_kv
         self.scale = scale
         self.soft_cap = soft_cap
-        self.rollback_tokens = rollback_tokens
+        self.waiting_tokens = waiting_tokens
         self.turn = turn
         self.index: KeyIndex | None = None
         training = training_queries(zone.index, dict(zone.options))
@@ -161,12 +164,12 @@ class LookupStore:
     def _covered(self, tokens: int) -> int:
         """The end of what leaves the window when so many tokens are read."""
         first = self.window.sink_tokens
-        return first + (tokens - self.window.recent_tokens - self.rollback_tokens - first) // BLOCK_TOKENS * BLOCK_TOKENS
+        return first + (tokens - self.window.recent_tokens - self.waiting_tokens - first) // BLOCK_TOKENS * BLOCK_TOKENS
 
     def fork(self) -> LookupStore:
         """A store with the same tokens and the same index; what neither changes is shared."""
         child = LookupStore(
-            self.rows.fork(), self.window, self.zone, self.queries_per_kv, self.scale, self.soft_cap, self.rollback_tokens, self.turn
+            self.rows.fork(), self.window, self.zone, self.queries_per_kv, self.scale, self.soft_cap, self.waiting_tokens, self.turn
         )
         child.index = None if self.index is None else self.index.fork()
         child.sample = self.sample.copy()
@@ -244,7 +247,8 @@ def attend_found(store: LookupStore, query_HG1D: Tensor, index: KeyIndex, found:
     scaled_HGD = query_HG1D.squeeze(2).float() * store.scale
     spans = [*store.rows.spans_between(0, index.first), *store.rows.spans_between(index.end, store.tokens)]
     window = attend_spans(query_HG1D.float(), spans, last, sink_tokens=0, recent_tokens=None, scale=store.scale, soft_cap=store.soft_cap)
-    chosen = attend_chosen(store, scaled_HGD, found.position_HGK)
+    probability = cast(SamplingIndex, index).log_probability if isinstance(store.zone, Sample) else None
+    chosen = attend_chosen(store, scaled_HGD, found.position_HGK, probability)
     states = [window, _with_token(chosen)]
     if store.zone.tail:
         rest = index.rest(scaled_HGD, found, chosen.lse)
@@ -253,8 +257,13 @@ def attend_found(store: LookupStore, query_HG1D: Tensor, index: KeyIndex, found:
     return merge_all(states)
 
 
-def attend_chosen(store: LookupStore, scaled_HGD: Tensor, position_HGK: Tensor) -> AttentionState:
-    """Exact attention over chosen positions (-1: none): out [H, G, E], lse [H, G], float32."""
+def attend_chosen(
+    store: LookupStore, scaled_HGD: Tensor, position_HGK: Tensor, log_probability: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> AttentionState:
+    """Exact attention over chosen positions (-1: none): out [H, G, E], lse [H, G], float32; of a query that chose none (0, -inf).
+
+    log_probability: of keys that were drawn (SamplingIndex); each then counts as often as one over it.
+    """
     _, group, chosen = position_HGK.shape
     shared = store.zone.select != "per_query_head"  # one list for the group: each row is read once
     asked = position_HGK[:, 0] if shared else position_HGK.flatten(1)
@@ -266,9 +275,11 @@ def attend_chosen(store: LookupStore, scaled_HGD: Tensor, position_HGK: Tensor) 
     logit_HGK = (key_HGKD @ scaled_HGD[..., None]).squeeze(3)
     if store.soft_cap is not None:
         logit_HGK = store.soft_cap * torch.tanh(logit_HGK / store.soft_cap)
+    if log_probability is not None:
+        logit_HGK = logit_HGK - log_probability(scaled_HGD, key_HGKD)
     logit_HGK = logit_HGK.masked_fill(position_HGK < 0, -torch.inf)
     lse_HG = torch.logsumexp(logit_HGK, 2)
-    weight_HGK = torch.exp(logit_HGK - lse_HG[..., None])
+    weight_HGK = torch.exp(logit_HGK - lse_HG.masked_fill(lse_HG == -torch.inf, 0.0)[..., None])
     return AttentionState((weight_HGK[:, :, None] @ value_HGKE).squeeze(2), lse_HG)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
-from kvcompile.ir.policy import HeadPolicy, Int8, Kivi, SinkRecent, Static, TopK
+from kvcompile.ir.policy import HeadPolicy, Int8, Kivi, Sample, SinkRecent, Static, TopK
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.ir.spec import Spec
 from kvcompile.ir.store_bytes import quantised_in
@@ -483,9 +483,9 @@ def make_store(site: SitePlan, group: HeadGroup, native: bool, folder: str | Non
     match policy.found:
         case Static():
             return StaticStore(rows, _ring(shape, policy, window, layout), policy.found, facts.scale, facts.soft_cap)
-        case TopK():
+        case TopK() | Sample():
             return LookupStore(
-                rows, window, policy.found, facts.queries_per_kv, facts.scale, facts.soft_cap, policy.rollback_tokens, facts.index
+                rows, window, policy.found, facts.queries_per_kv, facts.scale, facts.soft_cap, policy.waiting_tokens, facts.index
             )
 
 

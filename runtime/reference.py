@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompile.ir.policy import All, SinkRecent, Static, TopK, Zone
+from kvcompile.ir.policy import All, Sample, SinkRecent, Static, TopK, Zone
 from kvcompile.runtime.merge import AttentionState
 
 
@@ -31,7 +31,7 @@ def visible(zone: Zone, query_positions: Tensor, key_positions: Tensor, chunk_to
             return past_ST
         case SinkRecent(sink_tokens, recent_tokens):
             return past_ST & ((key_1T < sink_tokens) | (key_1T > query_S1 - recent_tokens))
-        case TopK() | Static():
+        case TopK() | Sample() | Static():
             raise ValueError(f"which keys {zone} shows is found at run time")
 
 

@@ -14,7 +14,7 @@ from units import some_ids
 import kvcompile
 from kvcompile.codegen.reproducer import reproducer_source
 from kvcompile.ir.indexes import MIN_INDEXED_TOKENS
-from kvcompile.ir.policy import HeadPolicy, SinkRecent, TopK
+from kvcompile.ir.policy import HeadPolicy, Sample, SinkRecent, TopK
 from kvcompile.ir.spec import HeadRule, Output, Pattern, Spec, Target
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.spec import load_spec
@@ -33,6 +33,7 @@ ZONES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"clusters": {"exact": "5%", "estimate": "20%"}},
         {"clusters": {"tokens_per_cluster": 8, "exact": "100%", "estimate": "0%"}},
     ),
+    "sample": ({"sample": {"lsh": {"hash_bits": 4, "tables": 40}}}, {"sample": {"lsh": {"hash_bits": 1, "tables": 1024}}}),
     "hnsw": tuple({"top_k": {"k": k, "index": {"hnsw": {"m": 8, "ef": 50}}}} for k in (40, "100%")),
 }
 NEEDS_HNSWLIB = pytest.mark.skipif(importlib.util.find_spec("hnswlib") is None, reason="hnswlib is not installed")
@@ -135,6 +136,7 @@ WRITTEN = {
     "{clusters: {tokens_per_cluster: 8, exact: 5%, estimate: 0%}}": TopK(
         0.05, "clusters", (("estimate", 0.0), ("tokens_per_cluster", 8)), "sum", tail=False
     ),
+    "{sample: {lsh: {hash_bits: 8, tables: 75}}}": Sample(8, 75),
     "{top_k: {k: 100, index: {ivf: {lists: 512, probe: 32}}}}": TopK(100, "ivf", (("lists", 512), ("probe", 32))),
 }
 EVERY_WRITTEN = pytest.mark.parametrize("zone", [pytest.param(zone, marks=[NEEDS_HNSWLIB] if "hnsw" in zone else []) for zone in WRITTEN])
@@ -157,7 +159,7 @@ def test_a_reproducer_repeats_the_spec(tmp_path, zone):
     spec = written(tmp_path, zone)
     source = reproducer_source("", "pass", spec, None, "place")
     text = source[source.index("SPEC = ") + len("SPEC = ") : source.index("WEIGHTS = ")]
-    names = {kind.__name__: kind for kind in (HeadPolicy, HeadRule, Output, Pattern, SinkRecent, Spec, Target, TopK)}
+    names = {kind.__name__: kind for kind in (HeadPolicy, HeadRule, Output, Pattern, Sample, SinkRecent, Spec, Target, TopK)}
     from kvcompile.ir.policy import All, Store
 
     assert eval(text, {**names, "All": All, "Store": Store}).policies == spec.policies
@@ -168,8 +170,9 @@ def test_a_zone_says_how_many_pages_it_finds():
 
 
 def test_policies_that_are_built_in():
-    names = ("quest", "infllm", "retroinfer")
-    spec = load_spec({"kvcompile": 1, "heads": [{"policy": name, "layers": layer} for layer, name in enumerate(names)]})
+    names = ("quest", "infllm", "retroinfer", "magicpig")
+    spec = load_spec({"kvcompile": 1, "seed": 3, "heads": [{"policy": name, "layers": layer} for layer, name in enumerate(names)]})
+    assert spec.policies["magicpig"] == HeadPolicy("magicpig", (SinkRecent(4, 64), Sample(10, 150, seed=3)))
     assert spec.policies["quest"].found == TopK(1024, "minmax", (("page_tokens", 16),))
     assert spec.policies["infllm"].found == TopK(2048, "representatives", (("page_tokens", 128),))
     assert spec.policies["retroinfer"].found == TopK(0.018, "clusters", (("estimate", 0.232), ("tokens_per_cluster", 16)), "sum", tail=True)

@@ -236,7 +236,7 @@ def test_a_model_without_heads_that_look_up_is_refused(own_cache):
     asked = spec()
     asked["heads"] = [{"policy": "find", "layers": 0}]
     compiled = kvcompile.compile(toys.gemma2(), asked)  # whose layer 0 keeps its window
-    with pytest.raises(SpecError, match="no KV head of this model has a policy with a top_k zone"):
+    with pytest.raises(SpecError, match="no KV head of this model has a policy with a top_k, clusters or sample zone"):
         measure_recall(compiled, IDS)
 
 
@@ -373,7 +373,7 @@ def test_what_cannot_be_measured_is_said_before_the_compile(capsys: pytest.Captu
     code, _, err = answer(capsys, spec, "--text", text, "--set", "heads[0].policy=full")
     assert (code, err.partition("\n")[0].partition("heads: ")[2]) == (
         1,
-        "no rule names a policy with a top_k zone, so that there is nothing to look up.",
+        "no rule names a policy with a top_k, clusters or sample zone, so that there is nothing to look up.",
     )
     code, _, err = answer(capsys, spec, "--text", text, "--set", 'model.path="python:kvc_tiny_recall:bare"')
     assert code == 1

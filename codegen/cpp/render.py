@@ -25,7 +25,8 @@ HEADERS = (
     "lookup.h",
 )
 LAUNCHER = ("launcher.cpp", "lookup_operator.cpp", "sketch_build.cpp")
-GRAPH = ("vector.h", "roargraph.cpp")
+GRAPH = ("vector.h", "on_threads.h", "roargraph.cpp")
+HASH_TABLES = ("vector.h", "on_threads.h", "lsh.cpp")
 LAUNCHER_HEADERS = ("kernel.h", "stores.h", "operators.h", "lookup_head.h")
 _TYPES = {"float32": "float", "bfloat16": "Bfloat16"}
 _ROWS_LIMIT = 256  # queries that share a KV head: their logits of a chunk of keys stand on the stack
@@ -118,6 +119,11 @@ def launcher_sources() -> dict[str, str]:
 def graph_sources() -> dict[str, str]:
     """File name -> text of the library that builds graphs over keys and walks through them."""
     return {name: _text(name) for name in GRAPH}
+
+
+def lsh_sources() -> dict[str, str]:
+    """File name -> text of the library that fills hash tables over keys and looks into them."""
+    return {name: _text(name) for name in HASH_TABLES}
 
 
 def _attend_words(request: KernelRequest) -> list[str]:

@@ -10,13 +10,11 @@
 // Results are the same bits for any number of threads: work is cut by nodes, queries or graphs, every sum has one order, and what one
 // node's choice depends on is complete before it is made, or made in the order of nodes.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
 
+#include "on_threads.h"
 #include "vector.h"
 
 #define KVC_EXPORT extern "C" __attribute__((visibility("default")))
@@ -123,29 +121,6 @@ inline float dot(const std::vector<float> &query, const char *row, const Keys &k
                         : keys.type == kHalf ? dot_as<kHalf>(from, row, keys.dim)
                                              : dot_as<kBfloat16>(from, row, keys.dim);
   return product == product ? product : -kInfinity;
-}
-
-// work(index, thread), the next one to whoever is free.
-template <class F>
-void each_on_threads(int64_t count, int64_t threads, const F &work) {
-  threads = std::min(threads, count);
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> no_memory{false};
-  auto run = [&](int64_t thread) {
-    try {
-      for (int64_t i; (i = next++) < count && !no_memory;) work(i, thread);
-    } catch (const std::bad_alloc &) {
-      no_memory = true;
-    }
-  };
-  std::vector<std::thread> helpers;
-  try {
-    for (int64_t thread = 1; thread < threads; thread++) helpers.emplace_back(run, thread);
-  } catch (const std::system_error &) {  // no more threads: those that are there do all of it
-  }
-  run(0);
-  for (std::thread &helper : helpers) helper.join();
-  if (no_memory) throw std::bad_alloc();
 }
 
 // Calls work(node, thread) for all nodes.

@@ -9,7 +9,6 @@ from typing import Any
 from kvcompile.cli.output import Output
 from kvcompile.cli.prompts import read_text
 from kvcompile.ir.errors import KvcompileError, SpecError
-from kvcompile.ir.policy import TopK
 from kvcompile.ir.spec import Output as Written
 from kvcompile.ir.spec import Spec
 
@@ -32,8 +31,8 @@ def run_recall(question: Question, output: Output) -> None:
     """Compiles, reads the text, measures, prints and writes."""
     spec, where = question.spec, f"--text {question.text}"
     policies = [spec.policies[name] for name in dict.fromkeys(rule.policy for rule in spec.heads)]
-    if not any(isinstance(policy.found, TopK) for policy in policies):
-        what = "no rule names a policy with a top_k zone, so that there is nothing to look up."
+    if not any(policy.looked_up for policy in policies):
+        what = "no rule names a policy with a top_k, clusters or sample zone, so that there is nothing to look up."
         mend = "Name one in heads, for example {sink_recent: ...} with {top_k: {k: 1%, index: sketch, tail: true}} as its zones."
         raise SpecError.at(spec.where("heads"), what, mend)
     text = read_text(question.text, "--text")

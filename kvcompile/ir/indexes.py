@@ -1,6 +1,7 @@
 """What a spec and a plan must know of an index before there is one: its options, and its bytes.
 
-Built in: flat, sketch, roargraph (graph_facts.py), and those of other published systems (published_indexes.py).  Others are entry points of
+Built in: flat, sketch, roargraph (graph_facts.py), and those of other published systems (published_indexes.py); of the zone `sample`
+lsh (lsh_facts.py).  Others are entry points of
 the group `kvcompile.indexes`: an object with the attributes of `IndexFacts` and `build` and `restore` of runtime/indexes/index.py.  They
 are loaded when a spec names them, not before.
 """
@@ -14,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from kvcompile.ir.graph_facts import ROARGRAPH
 from kvcompile.ir.index_terms import Fault as Fault
 from kvcompile.ir.index_terms import IndexBytes as IndexBytes
+from kvcompile.ir.lsh_facts import LSH, LshFacts
 from kvcompile.ir.published_indexes import PUBLISHED
 
 ENTRY_POINTS = "kvcompile.indexes"
@@ -139,6 +141,7 @@ def default_units(head_dim: int) -> int:
 
 FLAT, SKETCH = FlatFacts(), SketchFacts()
 BUILT_IN: dict[str, IndexFacts] = {facts.name: facts for facts in (FLAT, SKETCH, ROARGRAPH, *PUBLISHED)}
+SAMPLING: dict[str, LshFacts] = {LSH.name: LSH}  # they draw keys by chance: of the zone `sample`
 
 
 @runtime_checkable
@@ -163,6 +166,15 @@ class SlowFacts(Protocol):
 
     def build_work(self, head_dim: int, options: Mapping[str, Any]) -> float:
         """How many multiply-adds a prompt does in the time in which one key of a KV head joins, as measured."""
+        ...
+
+
+@runtime_checkable
+class SizedFacts(Protocol):
+    """Of an index whose bytes are not as many times as large as its keys are more."""
+
+    def held_bytes(self, tokens: int, options: Mapping[str, Any]) -> int:
+        """Of a KV head's index over so many keys, beside `fixed_bytes`."""
         ...
 
 
@@ -193,7 +205,7 @@ def indexed_tokens(window_tokens: int, context_tokens: int) -> int:
 
 
 def index_names() -> list[str]:
-    """Every index that a spec may name; nothing is loaded."""
+    """Every index that a `top_k` zone may name; nothing is loaded."""
     return [*BUILT_IN, *sorted({point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)} - set(BUILT_IN))]
 
 
@@ -219,6 +231,8 @@ def index_facts(name: str) -> IndexFacts:
     """The facts of an index.  Raises LookupError, with the reason, for one that is not there or cannot be loaded."""
     if name in BUILT_IN:
         return BUILT_IN[name]
+    if name in SAMPLING:
+        return SAMPLING[name]
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
         try:
             facts: IndexFacts = point.load()

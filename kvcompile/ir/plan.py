@@ -9,8 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvcompile.ir.indexes import BLOCK_TOKENS, IndexBytes, build_work, group_facts, indexed_tokens, sample_bytes, training_queries
-from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, SinkRecent, Static, Store, TopK
+from kvcompile.ir.indexes import (
+    BLOCK_TOKENS,
+    SAMPLING,
+    IndexBytes,
+    SizedFacts,
+    build_work,
+    group_facts,
+    indexed_tokens,
+    sample_bytes,
+    training_queries,
+)
+from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, LookedUp, Sample, SinkRecent, Static, Store
 from kvcompile.ir.request import KernelRequest, LookupRequest
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
 from kvcompile.ir.store_bytes import (
@@ -57,16 +67,18 @@ class HeadGroup:
         """
         if self.device == "disk":
             return self._block_bytes(site) if context_tokens else 0
-        found, heads = self.policy.found, len(self.kv_heads)
+        found, looked_up, heads = self.policy.found, self.policy.looked_up, len(self.kv_heads)
         total = stored_bytes(*self._format(site), context_tokens, self._ring(context_tokens), self.policy.rollback_tokens)
         total += self._chosen_bytes(site, context_tokens)
         if found is not None:
-            training = training_queries(found.index, dict(found.options)) if isinstance(found, TopK) else 0
+            training = training_queries(looked_up.index, dict(looked_up.options)) if looked_up else 0
             total += heads * sample_bytes(site.queries_per_kv, site.head_dim, context_tokens, training)
-        if isinstance(found, TopK) and (indexed := self._indexed_tokens(context_tokens)):
-            held = self._index_bytes(site, found).held
-            fixed = group_facts(found.index, site.queries_per_kv).fixed_bytes(site.head_dim, site.value_dim, dict(found.options))
-            total += heads * (fixed + round(indexed * held))
+        if looked_up and (indexed := self._indexed_tokens(context_tokens)):
+            facts, options = group_facts(looked_up.index, site.queries_per_kv), dict(looked_up.options)
+            held = round(indexed * self._index_bytes(site, looked_up).held)
+            if isinstance(facts, SizedFacts):
+                held = facts.held_bytes(indexed, options)
+            total += heads * (facts.fixed_bytes(site.head_dim, site.value_dim, options) + held)
         return total
 
     def disk_bytes(self, site: AttentionSite, context_tokens: int) -> int:
@@ -83,20 +95,24 @@ class HeadGroup:
     def read_bytes(self, site: AttentionSite, context_tokens: int) -> int:
         """Bytes that one decode step reads when `context_tokens` tokens, its own included, are visible.
 
-        Of a policy that looks keys up at most so many: query heads of a group may choose the same keys.
+        Of a policy that looks keys up at most so many: query heads of a group may choose the same keys.  Where they are drawn by chance, as
+        many as are expected where keys lie in all directions.
         """
-        found, form = self.policy.found, self._format(site)
+        found, form = self.policy.looked_up, self._format(site)
         everything = read_bytes(*form, context_tokens, self._ring(context_tokens), self.policy.rollback_tokens)
-        if not isinstance(found, TopK):
+        if found is None:
             return everything + self._chosen_bytes(site, context_tokens)
-        indexed, chosen = self._indexed_tokens(context_tokens - BLOCK_TOKENS), found.tokens(context_tokens)  # so many wait, on average
+        indexed = self._indexed_tokens(context_tokens - BLOCK_TOKENS)  # so many wait, on average
+        chosen = found.tokens(context_tokens)
         if chosen >= indexed:
             return everything
+        if isinstance(found, Sample):
+            chosen = round(indexed * SAMPLING[found.index].sampled_share(site.head_dim, dict(found.options)))
         rows = min(indexed, chosen * (site.queries_per_kv if found.select in ("per_query_head", "union") else 1))
         index = self._index_bytes(site, found)
         scanned = index.searched + (index.estimated if found.tail else 0)
         exact = everything - packed_bytes(*form, indexed) + rows * row_bytes(*form)
-        return exact + len(self.kv_heads) * (round(indexed * scanned) + index.search_fixed)
+        return exact + len(self.kv_heads) * (round(indexed * scanned) + index.search_fixed) + index.search_shared
 
     def _format(self, site: AttentionSite) -> tuple[Store, str, int, int, int]:
         return self.policy.store, site.dtype, len(self.kv_heads), site.head_dim, site.value_dim
@@ -118,17 +134,17 @@ class HeadGroup:
     def _indexed_tokens(self, context_tokens: int) -> int:
         window = self.policy.window
         assert window is not None
-        return indexed_tokens(window.window_tokens + self.policy.rollback_tokens, context_tokens)
+        return indexed_tokens(window.window_tokens + self.policy.waiting_tokens, context_tokens)
 
     def build_work(self, site: AttentionSite, context_tokens: int) -> float:
         """Of the group's index, in multiply-adds of a prompt of so many tokens."""
-        found = self.policy.found
-        if not isinstance(found, TopK):
+        found = self.policy.looked_up
+        if found is None:
             return 0.0
         of_key = build_work(found.index, site.queries_per_kv, site.head_dim, dict(found.options))
         return len(self.kv_heads) * self._indexed_tokens(context_tokens) * of_key
 
-    def _index_bytes(self, site: AttentionSite, zone: TopK) -> IndexBytes:
+    def _index_bytes(self, site: AttentionSite, zone: LookedUp) -> IndexBytes:
         itemsize = ITEMSIZE[self.policy.store.dtype or site.dtype]
         facts = group_facts(zone.index, site.queries_per_kv)
         return facts.bytes_per_token(site.head_dim, site.value_dim, itemsize, dict(zone.options))

@@ -3,8 +3,8 @@
 Visibility, for a query at absolute position p and a key at position j <= p:
   All                      every j
   SinkRecent(s, r)         j < s  or  j > p - r       (r counts the query's own token)
-  TopK, Static             some of s <= j <= p - r, beside the SinkRecent zone of the same policy: which, is found at run time
-A prompt (more than one token in a call) is read with all its past under a policy that has TopK or Static: they are learnt from it.  What
+  TopK, Sample, Static     some of s <= j <= p - r, beside the SinkRecent zone of the same policy: which, is found at run time
+A prompt (more than one token in a call) is read with all its past under a policy that has one of these: they are learnt from it.  What
 Static has let go does not come back for a second prompt.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 ITEMSIZE: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -82,6 +82,39 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Keys drawn by chance among those that the policy's SinkRecent zone does not show.
+
+    Each counts as often as one over the probability of its being drawn: so the sums above and below the fraction of the attention are right
+    in the mean.
+
+    A key is drawn that lies in the query's bucket in two or more of `tables` hash tables; a bucket is which side of `hash_bits` random
+    hyperplanes a vector lies on.  seed: of the hyperplanes.  Query heads that share a KV head draw each for itself.
+    Source: MagicPIG (Chen et al. 2024, section 4).
+    """
+
+    hash_bits: int = 10
+    tables: int = 150
+    seed: int = 0
+
+    index: ClassVar[str] = "lsh"
+    select: ClassVar[Select] = "per_query_head"
+    tail: ClassVar[bool] = False
+
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        """What the index is given."""
+        return ("hash_bits", self.hash_bits), ("seed", self.seed), ("tables", self.tables)
+
+    def tokens(self, context_tokens: int) -> int:
+        """No number of keys is asked for."""
+        return 0
+
+    def describe(self) -> str:
+        return f"sample by {self.index} hash_bits={self.hash_bits} tables={self.tables}"
+
+
+@dataclass(frozen=True)
 class Static:
     """`keys` tokens that the prompt's last queries attend to most, chosen when the prompt ends: secondary sinks.
 
@@ -94,7 +127,8 @@ class Static:
         return f"static {self.keys}"
 
 
-Zone: TypeAlias = All | SinkRecent | TopK | Static
+LookedUp: TypeAlias = TopK | Sample  # an index finds its keys
+Zone: TypeAlias = All | SinkRecent | LookedUp | Static
 
 
 @dataclass(frozen=True)
@@ -135,7 +169,7 @@ class Store:
 def can_stand_together(zones: tuple[Zone, ...]) -> bool:
     """One zone that needs no other, or SinkRecent and one whose keys are found behind it."""
     match zones:
-        case (All() | SinkRecent(),) | (SinkRecent(), TopK() | Static()):
+        case (All() | SinkRecent(),) | (SinkRecent(), TopK() | Sample() | Static()):
             return True
     return False
 
@@ -164,9 +198,25 @@ class HeadPolicy:
         assert self.device is None or (self.zones == (All(),) and self.store.quantised is None), self
 
     @property
-    def found(self) -> TopK | Static | None:
+    def found(self) -> LookedUp | Static | None:
         """The zone whose keys are found at run time."""
-        return next((zone for zone in self.zones if isinstance(zone, TopK | Static)), None)
+        return next((zone for zone in self.zones if isinstance(zone, LookedUp | Static)), None)
+
+    @property
+    def looked_up(self) -> LookedUp | None:
+        """The zone whose keys an index finds."""
+        return next((zone for zone in self.zones if isinstance(zone, LookedUp)), None)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """So many tokens that have left the window are in no index yet.
+
+        They are what `rollback` may take back, and under Sample those that KIVI has still to quantise, which changes their angles.
+        """
+        quantised, window = self.store.quantised, self.window
+        if isinstance(self.found, Sample) and isinstance(quantised, Kivi) and window is not None:
+            return self.rollback_tokens + max(0, quantised.residual_tokens - window.recent_tokens)
+        return self.rollback_tokens
 
     @property
     def window(self) -> SinkRecent | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from kvcompile.ir.errors import KvcompileError, Problem, SpecError
 from kvcompile.ir.indexes import BUILT_IN as BUILT_IN_INDEXES
-from kvcompile.ir.indexes import index_facts, index_names
-from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, SinkRecent, Static, Store, TopK, Zone, can_stand_together
+from kvcompile.ir.indexes import SAMPLING, index_facts, index_names
+from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, Sample, SinkRecent, Static, Store, TopK, Zone, can_stand_together
 from kvcompile.ir.spec import HeadRule, ModelSource, Output, Pattern, Spec, Target
 from kvcompile.ir.store_bytes import LANES
 from kvcompile.models.header import ModelHeader, exists, read_header
@@ -27,13 +27,14 @@ from kvcompile.spec.loader import Document, from_mapping, read_yaml
 from kvcompile.spec.messages import nearest, translate
 from kvcompile.spec.overrides import apply_overrides
 from kvcompile.spec.patterns import check_pattern, read_pattern
-from kvcompile.spec.schema import MOST_TOKENS, ClustersForm, PolicyForm, RuleForm, SpecForm, StoreForm, TopKForm
-from kvcompile.spec.unbuilt import UNBUILT_POLICIES, fits_disk, unbuilt_problems
+from kvcompile.spec.schema import MOST_TOKENS, ClustersForm, PolicyForm, RuleForm, SampleForm, SpecForm, StoreForm, TopKForm, ZoneKind
+from kvcompile.spec.unbuilt import FOUND_ZONES, fits_disk, unbuilt_problems
 
 BUILT_IN = {
     "full": HeadPolicy("full", (All(),)),
     "streaming": HeadPolicy("streaming", (SinkRecent(16, 256),)),
     "lookup": HeadPolicy("lookup", (SinkRecent(64, 256), TopK(0.01, "sketch", tail=True))),
+    "magicpig": HeadPolicy("magicpig", (SinkRecent(4, 64), Sample())),
     "quest": HeadPolicy("quest", (SinkRecent(16, 64), TopK(64 * 16, "minmax", (("page_tokens", 16),)))),
     "infllm": HeadPolicy("infllm", (SinkRecent(128, 4096), TopK(16 * 128, "representatives", (("page_tokens", 128),)))),
     "retroinfer": HeadPolicy(
@@ -183,10 +184,10 @@ class _Reader:
         return pattern
 
     def _policies(self, form: SpecForm, patterns: Sequence[Pattern | None]) -> dict[str, HeadPolicy]:
-        policies = {name: policy for name, policy in BUILT_IN.items() if name not in form.policies}
+        policies = {name: _seeded(policy, form.seed) for name, policy in BUILT_IN.items() if name not in form.policies}
         for name, policy in form.policies.items():
             users = [index for index, rule in enumerate(form.heads or []) if rule.policy == name]
-            zones = tuple(self._zones(name, policy, [(index, patterns[index]) for index in users]))
+            zones = tuple(self._zones(name, policy, [(index, patterns[index]) for index in users], form.seed))
             if name == "full" and zones and zones != (All(),):
                 self._problem(
                     "policies.full.zones",
@@ -196,7 +197,7 @@ class _Reader:
             if zones and can_stand_together(zones):
                 store = self._store(name, policy.store)
                 policies[name] = HeadPolicy(name, zones, policy.positions, store, policy.rollback, self._device(name, policy))
-                self._check_positions(policies[name])
+                self._check_positions(policies[name], policy.zones)
         return policies
 
     def _store(self, name: str, form: StoreForm | None) -> Store:
@@ -240,10 +241,10 @@ class _Reader:
             self._problem("target.disk", fault, UNWRITABLE_MEND)
         return folder
 
-    def _check_positions(self, policy: HeadPolicy) -> None:
+    def _check_positions(self, policy: HeadPolicy, zones: Sequence[ZoneKind]) -> None:
         """cache_index says where a query stands among sinks: refused where there are none, and where keys far from them are shown."""
         if policy.positions == "cache_index" and policy.found is not None:
-            kind = "static" if isinstance(policy.found, Static) else "clusters" if policy.found.index == "clusters" else "top_k"
+            kind = next(zone.kind for zone in zones if zone.kind in FOUND_ZONES)
             what = f"cache_index moves the sinks next to the window, and {kind} shows keys between them."
             self._problem(f"policies.{policy.name}.positions", what, "Write absolute.")
             return
@@ -256,7 +257,7 @@ class _Reader:
                 "Write positions: absolute, or a zone such as sink_recent: {sink_tokens: 16, recent_tokens: 256}.",
             )
 
-    def _zones(self, name: str, policy: PolicyForm, users: Sequence[tuple[int, Pattern | None]]) -> list[Zone]:
+    def _zones(self, name: str, policy: PolicyForm, users: Sequence[tuple[int, Pattern | None]], seed: int) -> list[Zone]:
         zones: list[Zone] = []
         for index, zone in enumerate(policy.zones):
             if zone.all is not None:
@@ -273,6 +274,8 @@ class _Reader:
                 zones.append(top_k)
             if zone.clusters is not None:
                 zones += self._clusters(f"policies.{name}.zones[{index}].clusters", zone.clusters)
+            if zone.sample is not None:
+                zones += self._sample(f"policies.{name}.zones[{index}].sample", zone.sample, seed)
         return zones
 
     def _clusters(self, path: str, form: ClustersForm) -> list[TopK]:
@@ -290,6 +293,14 @@ class _Reader:
             return [TopK(form.exact, "clusters", tuple(sorted(options.items())), "sum", form.estimate > 0)]
         return []
 
+    def _sample(self, path: str, form: SampleForm, seed: int) -> list[Sample]:
+        """The zone, none where an option is at fault, which is then said."""
+        zone = Sample(form.lsh.hash_bits, form.lsh.tables, seed)
+        faults = SAMPLING[zone.index].check(dict(zone.options))
+        for fault in faults:
+            self._problem(f"{path}.lsh.{fault.option}", f"{fault.option} {fault.what}", fault.mend)
+        return [] if faults else [zone]
+
     def _top_k(self, path: str, form: TopKForm) -> TopK | None:
         """The zone, or None where its index or k is at fault, which is then said."""
         name, options = (form.index, {}) if isinstance(form.index, str) else next(iter(form.index.items()))
@@ -300,6 +311,10 @@ class _Reader:
             near = nearest(name, index_names())
             mend = f'Did you mean "{near}"?' if near else f"Write one of {', '.join(index_names())}."
             self._problem(where, f'the index "{name}": {error}.', mend)
+            return None
+        if name in SAMPLING:
+            what = f"the index {name} draws keys by chance, and is not asked for k of them."
+            self._problem(where, what, "Write the zone sample: {lsh: {hash_bits: 10, tables: 150}}.")
             return None
         finds_pages = bool(getattr(facts, "pages", False))
         k = self._pages(path, name, options, form, finds_pages) if finds_pages or form.pages or form.page_tokens else self._k(path, form)
@@ -382,7 +397,7 @@ class _Reader:
         named = {rule.policy for rule in form.heads or []}
         if any(path.startswith("heads") and place.startswith("--set ") for path, place in self.document.lines.items()):
             return  # the rules of a file were changed for one run
-        if self.faulty_heads or named - {*form.policies, *policies, *UNBUILT_POLICIES}:
+        if self.faulty_heads or named - {*form.policies, *policies}:
             return
         for name in form.policies:
             if name not in named and name != "full":  # full is what KV heads without a rule get
@@ -391,7 +406,7 @@ class _Reader:
 
     def _check_policy(self, index: int, rule: RuleForm, form: SpecForm, policies: Mapping[str, HeadPolicy]) -> None:
         known = list(dict.fromkeys([*form.policies, *policies]))
-        if rule.policy in known or rule.policy in UNBUILT_POLICIES:
+        if rule.policy in known:
             return
         near = nearest(rule.policy, known)
         mend = f'Did you mean "{near}"?' if near else "Name one of them, or add it under policies."
@@ -439,6 +454,11 @@ class _Reader:
     def _folder(self, path: str) -> Path:
         """Where a relative path starts: the spec's folder; the working directory for one that `--set` gave."""
         return Path(".") if self._where(path).startswith("--set ") else self.folder
+
+
+def _seeded(policy: HeadPolicy, seed: int) -> HeadPolicy:
+    """Keys that are drawn by chance are drawn by the spec's seed."""
+    return replace(policy, zones=tuple(replace(zone, seed=seed) if isinstance(zone, Sample) else zone for zone in policy.zones))
 
 
 UNWRITABLE_MEND = "Name a folder that can be made or written to."

@@ -162,8 +162,8 @@ class TopKForm(ZoneForm):
 
 
 class LshForm(Form):
-    hash_bits: Count = Field(default=10, description="a number from 1", examples=[10])
-    tables: Count = Field(default=150, description="a number from 1", examples=[150])
+    hash_bits: Count = Field(default=10, description="a number from 1 to 16", examples=[10, 8])
+    tables: Count = Field(default=150, description="a number from 2 to 1024", examples=[150, 75])
 
 
 class SampleForm(ZoneForm):

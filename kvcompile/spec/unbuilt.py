@@ -9,22 +9,16 @@ from kvcompile.ir.errors import Problem
 from kvcompile.spec.loader import Document
 from kvcompile.spec.schema import PolicyForm, SpecForm, ZoneKind
 
-BUILT_ZONES = ("all", "sink_recent", "static", "top_k", "clusters")
-BUILT_POLICIES = ("full", "streaming", "lookup", "quest", "infllm", "retroinfer")
-LOOKING_POLICIES = ("lookup", "quest", "infllm", "retroinfer")
-FOUND_ZONES = ("static", "top_k", "clusters")  # their keys are found at run time, between the sinks and the window of sink_recent
+BUILT_ZONES = ("all", "sink_recent", "static", "top_k", "clusters", "sample")
+LOOKING_POLICIES = ("lookup", "magicpig", "quest", "infllm", "retroinfer")
+FOUND_ZONES = ("static", "top_k", "clusters", "sample")  # their keys are found at run time, between the sinks and the window of sink_recent
 BUILT_FORMATS = ("report",)
-UNBUILT_POLICIES = ("magicpig",)
 
 
 def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
     """One Problem for each thing of the spec that is not built in this release."""
     for name, policy in spec.policies.items():
         yield from _policy_problems(policy, f"policies.{name}", document, spec.target.device == "cuda")
-    for index, rule in enumerate(spec.heads or []):
-        if rule.policy in UNBUILT_POLICIES and rule.policy not in spec.policies:
-            path = f"heads[{index}].policy"
-            yield _not_built(document.where(path), f"policy {rule.policy}", f"Built: {', '.join(BUILT_POLICIES)}, and your own.")
     if spec.prefix is not None:
         yield _not_built(document.where("prefix"), "a prefix shared by several sessions", "Take it out.")
     if spec.target.device == "cuda":
@@ -92,7 +86,7 @@ def _combination_problems(kinds: list[str], where: str) -> Iterator[Problem]:
         yield Problem(where, f"sink_recent stands behind {found[0]}.", "Write sink_recent first.")
     else:
         what = f"{' and '.join(kinds)} share tokens, which would then count twice."
-        yield Problem(where, what, "Keep one of the zones, or sink_recent and one of static, top_k, clusters behind it.")
+        yield Problem(where, what, "Keep one of the zones, or sink_recent and one of {', '.join(FOUND_ZONES)} behind it.")
 
 
 def _zone_problems(zone: ZoneKind, path: str, document: Document) -> Iterator[Problem]:

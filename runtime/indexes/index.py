@@ -142,6 +142,14 @@ class Shaped(Protocol):
         ...
 
 
+class SamplingIndex(KeyIndex, Protocol):
+    """An index that draws keys by chance: `search` gives those that it drew, for each query head its own, as many as it happens to."""
+
+    def log_probability(self, query_HGD: Tensor, key_HGKD: Tensor) -> Tensor:
+        """With which a search by these queries draws these keys: natural logarithm, float32 [H, G, K]."""
+        ...
+
+
 class IndexKind(IndexFacts, Protocol):
     """One kind of index: what makes them."""
 

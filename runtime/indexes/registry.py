@@ -17,13 +17,15 @@ from kvcompile.runtime.indexes.flat import Flat
 from kvcompile.runtime.indexes.hnsw import Hnsw
 from kvcompile.runtime.indexes.index import IndexKind, KeyIndex
 from kvcompile.runtime.indexes.ivf import Ivf
+from kvcompile.runtime.indexes.lsh import Lsh
 from kvcompile.runtime.indexes.pages import Cuboid, Mean, MinMax, Representatives
 from kvcompile.runtime.indexes.roargraph import RoarGraph
 from kvcompile.runtime.indexes.sketch import Sketch
 
 INDEX_FILE = FileKind("index", b"KVCINDX\n", 3, "Build the index again from the keys.")
 _BUILT_IN: dict[str, IndexKind] = {
-    kind.name: kind for kind in (Flat(), Sketch(), RoarGraph(), MinMax(), Cuboid(), Representatives(), Mean(), Ivf(), Hnsw(), Clusters())
+    kind.name: kind
+    for kind in (Flat(), Sketch(), RoarGraph(), MinMax(), Cuboid(), Representatives(), Mean(), Ivf(), Hnsw(), Clusters(), Lsh())
 }
 
 

@@ -21,7 +21,7 @@ ZONES = {
     "top_k": {"k": 9, "index": {"sketch": {"bytes_per_key": 12}}},
 }
 PAGES = {"pages": 5, "page_tokens": 48, "index": "minmax"}
-BESIDE_SINKS = ("static", "top_k", "clusters")
+BESIDE_SINKS = ("static", "top_k", "clusters", "sample")
 
 
 def container(annotation):

@@ -37,6 +37,7 @@ def told(text, overrides=()):
 SINK = "policies: {mine: {zones: [{sink_recent: {sink_tokens: 4, recent_tokens: 8}}]"
 SINKS = "{sink_recent: {sink_tokens: 4, recent_tokens: 8}}"
 LOOKUP = f"policies: {{a: {{zones: [{SINKS}, {{top_k: {{"
+SAMPLE = f"policies: {{a: {{zones: [{SINKS}, {{sample: {{lsh: {{"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ LOOKUP = f"policies: {{a: {{zones: [{SINKS}, {{top_k: {{"
         ("heads: [{layers: 1}]", "s.yaml:2: heads[0].policy: is missing: the name of a policy.\n  Write for example policy: full."),
         (
             "heads: [{policy: strem}]",
-            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, infllm, lookup, quest, retroinfer, streaming).\n'
+            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, infllm, lookup, magicpig, quest, retroinfer, streaming).\n'
             '  Did you mean "streaming"?',
         ),
         ("heads: [{policy: zzz}]", "Name one of them, or add it under policies."),
@@ -229,7 +230,14 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("policies: {a: {zones: [{sample: {lsh: {hash_bits: 8, tables: 75}}}]}}", "zone kind sample is not built"),
+        (
+            f"target: {{device: cuda}}\n{SAMPLE} tables: 75}}}}}}]}}}}",
+            "s.yaml:3: policies.a.zones[1].sample: zone kind sample on cuda is not built in kvcompile 0.1.0.\n  Write target.device: cpu.",
+        ),
+        (
+            "target: {device: cuda}\nheads: [{policy: magicpig}]",
+            "s.yaml:3: heads[0].policy: policy magicpig on cuda is not built in kvcompile 0.1.0.\n  Write target.device: cpu.",
+        ),
         (
             f"target: {{device: cuda}}\n{LOOKUP} k: 1%}}}}]}}}}",
             "s.yaml:3: policies.a.zones[1].top_k: zone kind top_k on cuda is not built in kvcompile 0.1.0.\n  Write target.device: cpu.",
@@ -293,10 +301,6 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
             "s.yaml:2: output.formats[0]: output format artifact is not built in kvcompile 0.1.0.\n  Built: report.",
         ),
         ("output: {directory: x, formats: [onnx]}", "output format onnx is not built"),
-        (
-            "heads: [{policy: magicpig}]",
-            "s.yaml:2: heads[0].policy: policy magicpig is not built in kvcompile 0.1.0.\n  Built: full, streaming, lookup, quest,",
-        ),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
@@ -414,6 +418,30 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
             "policies.a.zones[1].clusters.tokens_per_cluster: tokens_per_cluster 2000 is not allowed: a number of tokens from 1 to 1024.",
         ),
         (
+            f"{SAMPLE} hash_bits: 17}}}}}}]}}}}",
+            "s.yaml:2: policies.a.zones[1].sample.lsh.hash_bits: hash_bits 17 is not allowed: a whole number from 1 to 16.\n"
+            "  Write for example hash_bits: 10.",
+        ),
+        (f"{SAMPLE} hash_bits: 0}}}}}}]}}}}", "policies.a.zones[1].sample.lsh.hash_bits: 0 is not allowed: a number from 1 to 16."),
+        (
+            f"{SAMPLE} tables: 1}}}}}}]}}}}",
+            "sample.lsh.tables: tables 1 is not allowed: a whole number from 2 to 1024: a key is drawn that the query meets in 2 of them.",
+        ),
+        (f"{SAMPLE} tables: 1025}}}}}}]}}}}", "sample.lsh.tables: tables 1025 is not allowed: a whole number from 2 to 1024."),
+        (f"{SAMPLE} table: 10}}}}}}]}}}}", 's.yaml:2: policies.a.zones[1].sample.lsh.table: the key "table" does not exist here'),
+        (f"policies: {{a: {{zones: [{SINKS}, sample]}}}}", "zone kind sample needs its options.\n  Write sample: {lsh: {hash_bits: 10,"),
+        ("policies: {a: {zones: [{sample: {lsh: {}}}]}}", "policies.a.zones: sample finds keys between sinks and window, and no zone says"),
+        (f"policies: {{a: {{zones: [{{sample: {{lsh: {{}}}}}}, {SINKS}]}}}}", "s.yaml:2: policies.a.zones: sink_recent stands behind sample."),
+        (
+            f"{SAMPLE}}}}}}}], positions: cache_index}}}}",
+            "policies.a.positions: cache_index moves the sinks next to the window, and sample shows keys between them.",
+        ),
+        (
+            f"{LOOKUP} k: 4, index: lsh}}}}]}}}}",
+            "policies.a.zones[1].top_k.index: the index lsh draws keys by chance, and is not asked for k of them.\n"
+            "  Write the zone sample: {lsh: {hash_bits: 10, tables: 150}}.",
+        ),
+        (
             f"policies: {{a: {{zones: [{SINKS}, {{clusters: {{}}}}], positions: cache_index}}}}",
             "policies.a.positions: cache_index moves the sinks next to the window, and clusters shows keys between them.",
         ),
@@ -449,7 +477,7 @@ heads:
   - {policy: broken}
   - {policy: strem, share: 75}
   - {policy: full, layers: 7, pattern: gone.yaml, share: 5%}
-  - {policy: magicpig}
+  - {policy: magicfig}
 verify: {tokens: "256"}
 output: {directory: s.yaml}
 """
