@@ -431,7 +431,10 @@ def test_what_is_not_built_yet_is_refused_by_name(folder, body, message):
         (f"{SAMPLE} table: 10}}}}}}]}}}}", 's.yaml:2: policies.a.zones[1].sample.lsh.table: the key "table" does not exist here'),
         (f"policies: {{a: {{zones: [{SINKS}, sample]}}}}", "zone kind sample needs its options.\n  Write sample: {lsh: {hash_bits: 10,"),
         ("policies: {a: {zones: [{sample: {lsh: {}}}]}}", "policies.a.zones: sample finds keys between sinks and window, and no zone says"),
-        (f"policies: {{a: {{zones: [{{sample: {{lsh: {{}}}}}}, {SINKS}]}}}}", "s.yaml:2: policies.a.zones: sink_recent stands behind sample."),
+        (
+            f"policies: {{a: {{zones: [{{sample: {{lsh: {{}}}}}}, {SINKS}]}}}}",
+            "s.yaml:2: policies.a.zones: sink_recent stands behind sample.",
+        ),
         (
             f"{SAMPLE}}}}}}}], positions: cache_index}}}}",
             "policies.a.positions: cache_index moves the sinks next to the window, and sample shows keys between them.",
