@@ -5,6 +5,7 @@ Letters as in retrieval_methods.py; R candidates.
 Each query head chooses for itself, but for RetroInfer's clusters, which a group chooses together.  What an index compares and does not find
 counts as read too: keys of ivf's lists, and keys that a search of hnsw's graph visits (its walk is repeated here, on the graph that the
 library made, because the library does not tell), or one of roargraph's.  A key that the walks of several query heads read counts as often.
+MagicPIG draws keys by chance, with several seeds; its hyperplanes, which all KV heads of a layer share, count by their share.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import heapq
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,11 +24,13 @@ from retrieval_methods import POSITION_BYTES, Answer, Past, Search, rows_read
 from torch import Tensor
 
 from kvcompile.codegen.toolchain import find_toolchain, machine_isa
+from kvcompile.ir.lsh_facts import drawn_probability
 from kvcompile.ir.policy import Select
-from kvcompile.link import build_graphs
+from kvcompile.link import build_graphs, build_lsh
 from kvcompile.runtime.indexes.hnsw import HnswIndex
 from kvcompile.runtime.indexes.index import KeyIndex, Prompt
 from kvcompile.runtime.indexes.ivf import IvfIndex
+from kvcompile.runtime.indexes.lsh import LshIndex
 from kvcompile.runtime.indexes.registry import index_kind
 from kvcompile.runtime.indexes.roargraph import RoarGraphIndex
 from kvcompile.runtime.merge import AttentionState
@@ -35,6 +39,9 @@ from kvcompile.runtime.spans import Span
 KEY_BYTES = 2  # a number of a key
 PAGES, CUBOIDS, REPRESENTATIVES, MEANS = "min-max pages", "cuboid pages of 32", "representatives of 128", "mean pages of 8"
 RETROINFER, IVF, HNSW, ROARGRAPH = "retroinfer", "ivf, 32 of 512 lists", "hnsw, m 16, ef 200", "roargraph"
+MAGICPIG = "magicpig, mean of 3"
+SEEDS = 3
+TABLES = ((11, 150), (11, 220), (10, 150), (10, 220), (8, 75), (8, 120))  # hash_bits and tables, from few keys to many
 
 
 def published(past: Past, graphs: bool) -> dict[str, Search]:
@@ -67,6 +74,41 @@ def make(past: Past, name: str, options: Mapping[str, Any]) -> KeyIndex:
     k, training = len(keys[0]) // 100, sample.training()
     prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), past.queries_per_kv, k, None, training)
     return index_kind(name).build(past.first, prompt, options)
+
+
+def magicpig(past: Past) -> list[Search]:
+    """One search a seed.  It is not asked for k: of TABLES those are taken that draw nearest to k of keys at right angles to the query."""
+    hash_tables_are_built()
+    return [functools.partial(draw, past, {tables: drawn_by(past, tables, seed) for tables in TABLES}) for seed in range(SEEDS)]
+
+
+@functools.cache
+def hash_tables_are_built() -> bool:
+    """Whether the library of hash tables is loaded now; torch does its work without a compiler."""
+    toolchain = find_toolchain()
+    if toolchain is not None:
+        build_lsh(machine_isa(), toolchain)
+    return toolchain is not None
+
+
+def drawn_by(past: Past, tables: tuple[int, int], seed: int) -> LshIndex:
+    index = make(past, "lsh", {"hash_bits": tables[0], "tables": tables[1], "seed": seed})
+    assert isinstance(index, LshIndex)
+    return index
+
+
+def draw(past: Past, indexes: Mapping[tuple[int, int], LshIndex], query_GQD: Tensor, k: int) -> Answer:
+    wanted = math.log(k / len(past.key_TD))
+    index = indexes[min(TABLES, key=lambda tables: abs(math.log(drawn_probability(math.pi / 2, *tables)) - wanted))]
+    index.asked = index.places = 0
+    read_GQT, _ = _each_query(past, index, query_GQD, k, "per_query_head")
+    log_weight_GQT = torch.zeros(read_GQT.shape)
+    for head, query in np.ndindex(*query_GQD.shape[:2]):
+        drawn_T = read_GQT[head, query]
+        key_HGKD = past.key_TD[drawn_T].bfloat16()[None, None]
+        log_weight_GQT[head, query, drawn_T] = -index.log_probability(query_GQD[None, head : head + 1, query], key_HGKD)[0, 0]
+    scanned = len(query_GQD) * index.query_bytes() + index.planes.normal_BD16.nbytes / past.kv_heads
+    return Answer(read_GQT, scanned, None, log_weight_GQT)
 
 
 def whole(past: Past, name: str, options: Mapping[str, Any], select: Select = "per_query_head", row_bytes: int = 0) -> Search:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from curves import Curve, Look, Point, error_at, picture, size_at
 from harness import RESULTS, machine
-from published_methods import CUBOIDS, HNSW, IVF, PAGES, REPRESENTATIVES, RETROINFER, ROARGRAPH, published
+from published_methods import CUBOIDS, HNSW, IVF, MAGICPIG, PAGES, REPRESENTATIVES, RETROINFER, ROARGRAPH, magicpig, published
 from real_keys import SOURCES, Site, Source, sites
 from retrieval_methods import (
     CLUSTERS_TAIL,
@@ -71,6 +71,7 @@ LOOKS = {
     IVF: Look("#1b7c83"),
     HNSW: Look("#1b7c83", 1.2, "4 2"),
     ROARGRAPH: Look("#1b7c83", 1.2, "1 3"),
+    MAGICPIG: Look("#cf222e", 1.2, "1 3"),
 }
 
 
@@ -90,7 +91,7 @@ def measure(site: Site, query_head: int, view: str, graphs: bool) -> dict[str, l
     query_GTD = site.query_QTD[head * group : (head + 1) * group].float() * site.scale
     sample = QuerySample(1, key_TD.shape[1], ROARGRAPH_FACTS.training_queries({}) // group)
     sample.add(query_GTD[None, :, :end], 0, 1.0)
-    past = Past(key_TD[SINK_TOKENS:last], value_TE[SINK_TOKENS:last], SINK_TOKENS, sample, group)
+    past = Past(key_TD[SINK_TOKENS:last], value_TE[SINK_TOKENS:last], SINK_TOKENS, sample, group, len(site.key_HTD))
     position_Q = end + torch.randperm(tokens - end, generator=torch.Generator().manual_seed(0))[:QUERIES]
     asked_GQD = query_GTD[:, position_Q]
     if view == ALONE:
@@ -104,14 +105,23 @@ def measure(site: Site, query_head: int, view: str, graphs: bool) -> dict[str, l
         answer = search(asked_GQD, max(1, int(share / 100 * end)))
         read_GQT = torch.ones_like(logit_GQT, dtype=torch.bool)
         read_GQT[..., SINK_TOKENS:last] = answer.read_GQT
-        state = attention(logit_GQT, value_TE, read_GQT)
+        weighed_GQT = logit_GQT
+        if answer.log_weight_GQT is not None:
+            weighed_GQT = logit_GQT.clone()
+            weighed_GQT[..., SINK_TOKENS:last] += answer.log_weight_GQT
+        state = attention(weighed_GQT, value_TE, read_GQT)
         if answer.rest is not None:
             state = merge_states(state, answer.rest)
         error = ((state.out - true_GQE).norm(dim=2) / true_GQE.norm(dim=2)).mean()
         return 100 * (rows_read(read_GQT) * row_bytes + answer.scanned) / (end * row_bytes), float(error)
 
-    methods = searches(past, view == TOGETHER) | published(past, graphs)
-    return {name: [point(search, share) for share in SHARES] for name, search in methods.items()}
+    def mean_point(each: Sequence[Search], share: float) -> tuple[float, float]:
+        sizes, errors = zip(*(point(search, share) for search in each), strict=True)
+        return sum(sizes) / len(each), sum(errors) / len(each)
+
+    methods = {name: [search] for name, search in (searches(past, view == TOGETHER) | published(past, graphs)).items()}
+    methods[MAGICPIG] = magicpig(past)
+    return {name: [mean_point(each, share) for share in SHARES] for name, each in methods.items()}
 
 
 def curves_of(source: Source, captured: Mapping[int, Site], view: str, graphs: bool) -> dict[str, list[Point]]:

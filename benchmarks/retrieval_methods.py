@@ -32,6 +32,7 @@ class Past:
     """What a KV head has when it is done reading: float32; queries are multiplied by the attention's scale.
 
     key_TD, value_TE: only those that may be left out.  first: position of the first.  sample: what a session remembers of the queries.
+    kv_heads: of the layer, which share what is read once for all of them.
     """
 
     key_TD: Tensor
@@ -39,14 +40,18 @@ class Past:
     first: int
     sample: QuerySample
     queries_per_kv: int
+    kv_heads: int = 1
 
 
 class Answer(NamedTuple):
-    """read_GQT: which keys are read exactly.  rest: an estimate of the attention over the others, [G, Q].  scanned: bytes."""
+    """read_GQT: which keys are read exactly.  rest: an estimate of the attention over the others, [G, Q].  scanned: bytes.
+    log_weight_GQT: joins the logits of keys that are read.
+    """
 
     read_GQT: Tensor
     scanned: float
     rest: AttentionState | None = None
+    log_weight_GQT: Tensor | None = None
 
 
 Search = Callable[[Tensor, int], Answer]

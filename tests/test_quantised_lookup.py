@@ -13,7 +13,11 @@ import kvcompile
 from kvcompile.runtime.model import CompiledModel
 
 STORES = {"int8": "int8", "kivi": {"kivi": {"bits": 4, "group": 16, "residual_tokens": 32}}}
-ZONES = {"top_k": {"top_k": {"k": 64, "index": "flat"}}, "static": {"static": {"keys": 64}}}
+ZONES = {
+    "top_k": {"top_k": {"k": 64, "index": "flat"}},
+    "static": {"static": {"keys": 64}},
+    "sample": {"sample": {"lsh": {"hash_bits": 3, "tables": 40}}},
+}
 PROMPT, STEPS = 1100, 40  # a sample of queries is full
 
 
@@ -37,7 +41,9 @@ def test_keys_are_found_and_kept_in_fewer_bits(zone, store):
     session, logits = read(compiled(zone, store))
     exact_session, exact = read(compiled(zone, None))
     assert 1e-5 < (logits - exact).abs().max() < 0.2
-    assert session.nbytes() == session.model.plan.stored_bytes(PROMPT + STEPS) < exact_session.nbytes()
+    planned = session.model.plan.stored_bytes(PROMPT + STEPS)
+    late = 0.05 if zone == "sample" else 0  # an index that waits for its site's turn is a block behind
+    assert session.nbytes() == pytest.approx(planned, rel=late) and session.nbytes() < exact_session.nbytes()
     child = session.fork()
     assert torch.equal(child.step(3), session.step(3))
     session.rollback(1)

@@ -232,6 +232,16 @@ def test_a_sketch_is_measured_beside_heads_that_keep_everything(own_cache):
     assert found.worst.output_error == max(head.output_error for head in found.heads)
 
 
+def test_keys_that_are_drawn_are_measured_too(own_cache):
+    asked = spec()
+    asked["policies"]["find"]["zones"][1] = {"sample": {"lsh": {"hash_bits": 3, "tables": 40}}}
+    found = measure_recall(kvcompile.compile(toys.llama(), asked), IDS)
+    assert len(found.heads) == 8
+    for head in found.heads:
+        assert 0.5 < head.recall <= 1 and 100 < head.k < 752 and 0 < head.output_error < 0.7
+        assert head.scanned_share > head.k / 900 and head.index_bytes > 700 * 2 * 40
+
+
 def test_a_model_without_heads_that_look_up_is_refused(own_cache):
     asked = spec()
     asked["heads"] = [{"policy": "find", "layers": 0}]

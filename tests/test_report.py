@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvcompile.ir.errors import KvcompileError
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
-from kvcompile.ir.policy import All, HeadPolicy, SinkRecent, Store, TopK
+from kvcompile.ir.policy import All, HeadPolicy, Sample, SinkRecent, Store, TopK
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.report import fold_sites, format_bytes, format_tokens, plan_dict, plan_remarks, plan_text, write_report
 
@@ -112,6 +113,26 @@ def test_remarks_tell_of_indexes_that_take_longer_than_the_prompt(index: str, lo
     told = [remark for remark in plan_remarks(looked_up, [256, 8192, 32768, 131072]) if "longer than reading" in remark]
     assert len(told) == bool(longer)
     assert all(each in told[0] for each in longer) and "256" not in "".join(told) and "128K" not in "".join(told)
+
+
+def test_remarks_tell_what_is_expected_of_keys_that_are_drawn() -> None:
+    policy = HeadPolicy("magicpig", (SinkRecent(4, 64), Sample()))
+    drawn = Plan(tuple(site(n, HeadGroup((0, 1, 2), policy)) for n in range(3)), weight_bytes=2 * 134_515_008)
+    told = [remark for remark in plan_remarks(drawn, [8192]) if "drawn" in remark]
+    assert told == [
+        "sample by lsh hash_bits=10 tables=150: how many keys are drawn is known only when they are; read bytes count 2.33% of those "
+        "between sinks and window, as where keys of 64 dimensions lie in all directions alike"
+    ]
+    assert not [remark for remark in plan_remarks(drawn, [8192]) if "longer than reading" in remark]
+    many = replace(policy, zones=(policy.zones[0], Sample(16, 1024)))
+    slow = replace(drawn, sites=tuple(site(n, HeadGroup((0, 1, 2), many)) for n in range(30)))
+    assert 0.3 < slow.build_share(8192) < 1 and 0.001 < drawn.build_share(8192) < 0.1
+    indexed = (8192 - 32 - 68) // 32 * 32
+    group, facts = drawn.sites[0].groups[0], drawn.sites[0].site
+    exact = 8192 - indexed + 3 * round(0.0232790 * indexed)
+    scanned = 3 * (2 * 150 / 1024 + 0.25) * indexed + 3 * 4 * 150
+    assert group.read_bytes(facts, 8192) == pytest.approx(3 * (exact * 256 + scanned) + 4 * 1504 * 64, rel=1e-4)
+    assert group.stored_bytes(facts, 8192) > 3 * (8192 * 256 + 300 * (indexed + 1024))
 
 
 def test_the_json_of_a_plan_names_every_head() -> None:

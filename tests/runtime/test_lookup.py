@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompile.ir.errors import SessionError
 from kvcompile.ir.indexes import BLOCK_TOKENS, MIN_INDEXED_TOKENS
-from kvcompile.ir.policy import SinkRecent, Static, TopK
+from kvcompile.ir.policy import LookedUp, Sample, SinkRecent, Static, TopK
 from kvcompile.runtime import reference
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.indexes.sketch import SketchIndex
@@ -26,7 +26,7 @@ SKETCH = TopK(40, "sketch", select="union", tail=True)
 FLAT = TopK(40, "flat", select="union")
 
 
-def store(zone: TopK = SKETCH, soft_cap: float | None = None, turn: int = 0, capacity: int = 4096) -> LookupStore:
+def store(zone: LookedUp = SKETCH, soft_cap: float | None = None, turn: int = 0, capacity: int = 4096) -> LookupStore:
     return LookupStore(GrowableStore(HEADS, DIM, DIM, torch.float32, capacity), WINDOW, zone, GROUP, SCALE, soft_cap, turn=turn)
 
 
@@ -131,7 +131,7 @@ def test_every_token_is_in_the_window_in_the_index_or_waiting(turn):
     assert torch.equal(covered, torch.arange(index.first, index.end, dtype=torch.int32).expand(HEADS, -1))
 
 
-@pytest.mark.parametrize("zone", [SKETCH, FLAT])
+@pytest.mark.parametrize("zone", [SKETCH, FLAT, Sample()])
 def test_a_needle_in_generated_text_is_found_2000_tokens_later(zone):
     query_HGSD, key_HSD, value_HSD = tokens(2800)
     needle, asked = 640, 2790

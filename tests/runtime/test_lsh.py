@@ -1,4 +1,4 @@
-"""Keys drawn by chance: the tables against their definition, the probabilities against exact arithmetic, and what is drawn against its mean.
+"""Keys drawn by chance: tables against their definition, probabilities against exact arithmetic, and what is drawn against its mean.
 
 Letters: H KV heads, G queries per KV head, T keys, L tables, D head_dim, E value_dim, K keys drawn, R runs with other seeds.
 """
@@ -75,9 +75,8 @@ def by_definition(key_HTD: Tensor, mean_HD: Tensor, query_HGD: Tensor, bits: int
     normal_ND = planes.normal_BD16.transpose(1, 2).flatten(0, 1)[: bits * tables].double()
     rows = []
     for head in range(len(key_HTD)):
-        sides = [
-            (each.double() @ normal_ND.T >= 0).unflatten(1, (tables, bits)) for each in (key_HTD[head] - mean_HD[head], query_HGD[head])
-        ]
+        vectors = (key_HTD[head] - mean_HD[head], query_HGD[head])
+        sides = [(each.double() @ normal_ND.T >= 0).unflatten(1, (tables, bits)) for each in vectors]
         for query in range(query_HGD.shape[1]):
             met_TL = (sides[0] == sides[1][query]).all(2)
             rows.append({FIRST + place for place in range(len(met_TL)) if int(met_TL[place].sum()) >= 2})
@@ -411,7 +410,7 @@ def store(zone: Sample, key_HTD: Tensor, value_HTE: Tensor, soft_cap: float | No
 
 def test_sums_above_and_below_the_fraction_are_right_in_the_mean():
     """Of 9 keys, over many seeds: none of the 15 sums lies 4 standard errors away, as these are measured, which of normal numbers one in
-    1000 tries would show.  Without probabilities, or with those of keys that are not centred, most lie further away, in a tenth of the runs.
+    1000 tries would show.  Without probabilities, or with those of keys that are not centred, most lie further away in a tenth of the runs.
     """
     runs, bits, tables, cap = 2000, 2, 16, 1.5
     key_HTD, value_HTE = normal(1, 9, 5) + 1.5, normal(1, 9, 4, seed=1)

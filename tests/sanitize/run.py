@@ -21,9 +21,10 @@ from torch import Tensor
 from kvcompile.codegen.toolchain import Isa, Toolchain, find_toolchain, machine_isa, why_none
 from kvcompile.ir.policy import All, SinkRecent
 from kvcompile.ir.request import LinearRequest, Request
-from kvcompile.link import GEMV_TOKENS, build_kernels
-from kvcompile.runtime import growable, ring
+from kvcompile.link import GEMV_TOKENS, build_kernels, build_lsh
+from kvcompile.runtime import growable, native_lsh, ring
 from kvcompile.runtime.descriptor import DescribedPart, Descriptor
+from kvcompile.runtime.indexes import lsh_tables
 from kvcompile.runtime.layout import padded
 from kvcompile.runtime.native import NativeKernels
 
@@ -164,6 +165,21 @@ def lookups(kernels: NativeKernels, _isa: Isa) -> None:
         print(f"  lookup, {name}", flush=True)
 
 
+def hash_tables(_kernels: NativeKernels, isa: Isa) -> None:
+    """Vectors, tables and what is found end where their memory does; torch finds the same."""
+    for bits, tables, dim, tokens in ((10, 150, 64, 1100), (16, 3, 17, 300), (1, 2, 80, 1), (5, 1024, 33, 65), (15, 7, 16, 32768)):
+        planes = lsh_tables.hyperplanes(bits, tables, 0, dim)
+        key_HTD, query_HGD = torch.randn(2, tokens, dim), torch.randn(2, 3, dim)
+        found = []
+        for library in (None, build_lsh(isa, _toolchain(), FLAGS)):
+            native_lsh._library = library
+            parts = lsh_tables.parts_of(planes, key_HTD, 9)
+            parts += (lsh_tables.joined(parts[0], parts[0], bits)._replace(first=9 + tokens),) if tokens < 20000 else ()
+            found.append(lsh_tables.met(parts, lsh_tables.hashed(planes, query_HGD), bits))
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    print("  hash tables", flush=True)
+
+
 def beyond_keys(kernels: NativeKernels, isa: Isa) -> None:
     """Must be reported: a descriptor of one token more than there is memory for; the 17th key is in a block of its own."""
     read_in(exact_reader(Text(SITES["float"], isa, 17), kernels, 16, claimed=1), 17, 17)
@@ -179,7 +195,7 @@ def beyond_ring(kernels: NativeKernels, isa: Isa) -> None:
     read_in(exact_reader(Text(SITES["bfloat16, all options"], isa, 21), kernels, 21, claimed=1), 21, 1)
 
 
-CLEAN = {"attention": attention, "stores": stores, "linears": linears, "lookups": lookups}
+CLEAN = {"attention": attention, "stores": stores, "linears": linears, "lookups": lookups, "hash_tables": hash_tables}
 REPORTED = {"beyond_keys": beyond_keys, "beyond_values": beyond_values, "beyond_ring": beyond_ring}
 Part = Callable[[NativeKernels, Isa], None]
 

@@ -74,7 +74,8 @@ SAMPLE = f"policies: {{a: {{zones: [{SINKS}, {{sample: {{lsh: {{"
         ("heads: [{layers: 1}]", "s.yaml:2: heads[0].policy: is missing: the name of a policy.\n  Write for example policy: full."),
         (
             "heads: [{policy: strem}]",
-            's.yaml:2: heads[0].policy: policy "strem" does not exist (there are full, infllm, lookup, magicpig, quest, retroinfer, streaming).\n'
+            's.yaml:2: heads[0].policy: policy "strem" does not exist '
+            "(there are full, infllm, lookup, magicpig, quest, retroinfer, streaming).\n"
             '  Did you mean "streaming"?',
         ),
         ("heads: [{policy: zzz}]", "Name one of them, or add it under policies."),

@@ -202,7 +202,8 @@ def test_a_redefined_full_needs_no_rule_because_other_kv_heads_get_it():
 def test_a_misspelt_rule_is_told_once_and_not_as_an_unused_policy_too():
     with pytest.raises(SpecError) as caught:
         load_spec({"kvcompile": 1, "policies": NEAR, "heads": [{"policy": "naer"}]})
-    told = '<spec>: heads[0].policy: policy "naer" does not exist (there are full, infllm, lookup, magicpig, near, quest, retroinfer, streaming).\n'
+    told = '<spec>: heads[0].policy: policy "naer" does not exist '
+    told += "(there are full, infllm, lookup, magicpig, near, quest, retroinfer, streaming).\n"
     told += '  Did you mean "near"?'
     assert str(caught.value) == told
 
