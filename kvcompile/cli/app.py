@@ -292,7 +292,7 @@ def recall(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure what heads with a top_k zone find of a text of yours: recall@k, output error, bytes read, index.
+    """Measure what heads with a top_k, clusters or sample zone find of a text of yours: recall@k, output error, bytes read, index.
 
     The first 7/8 of the text are the cache, whose index is made as a session makes it.  --queries held-out asks up to 32 queries, evenly
     spaced in the last eighth, each as if it stood at the end of the cache: what lies between is left out.
