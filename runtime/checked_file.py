@@ -334,11 +334,18 @@ def _made_beside(target: Path) -> tuple[int, str]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.stat(aside).st_ino == os.fstat(descriptor).st_ino:  # nobody took it for a stale one before it was locked
-                umask = os.umask(0)
-                os.umask(umask)
-                os.fchmod(descriptor, 0o666 & ~umask)  # mkstemp's 0600 is for secrets
+                os.fchmod(descriptor, _rights(target))  # mkstemp's 0600 is for secrets
                 return descriptor, aside
         os.close(descriptor)
+
+
+def _rights(target: Path) -> int:
+    """Those of the file that is to be replaced, or those that a new one has."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _remove_stale(target: Path) -> None:

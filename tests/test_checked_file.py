@@ -338,6 +338,9 @@ def test_a_link_stays_one_and_rights_are_the_users(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+    (tmp_path / "file").chmod(0o600)
+    put(tmp_path / "file", 3)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
 def test_where_nothing_can_be_written_it_says_so(tmp_path):

@@ -350,14 +350,23 @@ def test_a_damaged_state_is_refused(damage, tmp_path):
         kind.restore({**tensors, "rows_THUS": rows_THUS}, numbers)
 
 
-@pytest.mark.parametrize("damage", ["beyond", "gap"])
+@pytest.mark.parametrize("damage", ["beyond", "gap", "alone", "full"])
 def test_a_forged_checksum_does_not_lead_out_of_the_graph(damage, monkeypatch):
     kind = index_kind("roargraph")
     tensors, numbers = build(past(640), 0, 640).state()
     monkeypatch.setattr("kvcompile.runtime.indexes.roargraph._digest", lambda tensors: numbers["sha256"])
     tensors["rows_THUS"] = tensors["rows_THUS"].clone()
-    tensors["rows_THUS"][5, 0, 0, 0] = 640 if damage == "beyond" else -1
-    with pytest.raises(ValueError, match="not there" if damage == "beyond" else "gap"):
+    rows_THUS = tensors["rows_THUS"]
+    match damage:
+        case "alone":  # nobody leads to a node: each row that did leads to another one in its place
+            tensors["entries_HUX"] = torch.zeros_like(tensors["entries_HUX"])
+            rows_THUS[rows_THUS == 5] = 0
+        case "full":
+            rows_THUS[rows_THUS < 0] = 0
+        case _:
+            rows_THUS[5, 0, 0, 0] = 640 if damage == "beyond" else -1
+    told = {"beyond": "not there", "gap": "gap", "alone": "no walk comes to 1 of 640 nodes", "full": "no node has room for a link"}
+    with pytest.raises(ValueError, match=told[damage]):
         kind.restore(tensors, numbers)
 
 
