@@ -12,10 +12,13 @@ import toys
 from units import some_ids
 
 import kvcompile
+from kvcompile import link
 from kvcompile.codegen.reproducer import reproducer_source
+from kvcompile.ir.errors import BuildError
 from kvcompile.ir.indexes import MIN_INDEXED_TOKENS
 from kvcompile.ir.policy import HeadPolicy, Sample, SinkRecent, TopK
 from kvcompile.ir.spec import HeadRule, Output, Pattern, Spec, Target
+from kvcompile.runtime import native_lsh
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.spec import load_spec
 
@@ -176,3 +179,36 @@ def test_policies_that_are_built_in():
     assert spec.policies["quest"].found == TopK(1024, "minmax", (("page_tokens", 16),))
     assert spec.policies["infllm"].found == TopK(2048, "representatives", (("page_tokens", 128),))
     assert spec.policies["retroinfer"].found == TopK(0.018, "clusters", (("estimate", 0.232), ("tokens_per_cluster", 16)), "sum", tail=True)
+
+
+@pytest.mark.parametrize("way", ["torch", "no compiler", "a build that fails"])
+def test_keys_are_drawn_in_torch_as_in_cpp(way, monkeypatch):
+    tokens = ids(PROMPT + 60)
+    expected = compiled("sample").session()
+    expected.prefill(tokens[:PROMPT])
+    with_library = steps(expected, tokens[PROMPT:])
+    monkeypatch.setattr(native_lsh, "_library", None)
+    if way == "no compiler":
+        monkeypatch.setenv("PATH", "/nonexistent")
+        monkeypatch.delenv("CXX", raising=False)
+    if way == "a build that fails":
+
+        def fail(*_: object, **__: object) -> None:
+            raise BuildError.at("kept/folder", "lsh.cpp:1: error: no such thing.", "Repeat it with: g++ ...")
+
+        monkeypatch.setattr(link, "build_lsh", fail)
+    spec = {
+        "kvcompile": 1,
+        "verify": {"tokens": 16},
+        "policies": {"mine": {"zones": [SINKS, ZONES["sample"][0]]}},
+        "heads": [{"policy": "mine", "layers": 0}, {"policy": "mine", "layers": 1, "kv_heads": 0}],
+        "target": {"segments": "eager", "kernels": "torch" if way == "torch" else "generated"},
+    }
+    model = kvcompile.compile(toys.llama(layers=2), spec=spec)
+    assert native_lsh.lsh_library() is None
+    assert ["of hash tables could not be built" in warning for warning in model.warnings] == {"a build that fails": [True]}.get(
+        way, [False] * len(model.warnings)
+    )
+    session = model.session()
+    session.prefill(tokens[:PROMPT])
+    torch.testing.assert_close(steps(session, tokens[PROMPT:]), with_library, rtol=1e-3, atol=1e-3)
