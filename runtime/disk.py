@@ -18,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -32,7 +32,7 @@ from kvcompile.runtime.block_file import Block, BlockFile, Bytes, checksum, runs
 from kvcompile.runtime.descriptor import DescribedPart, Descriptor
 from kvcompile.runtime.layout import KeyLayout, key_slots, token_bytes, value_slots
 from kvcompile.runtime.spans import Span
-from kvcompile.runtime.store import rollback_range_problem
+from kvcompile.runtime.store import StoreState, rollback_range_problem
 
 STAGED_TOKENS = STAGED_BLOCKS * DISK_BLOCK_TOKENS
 
@@ -112,6 +112,26 @@ class _Pool:
         finally:
             if not self._free:
                 self._free.append(staging)
+
+
+class _SavedBlocks(Mapping[str, Tensor]):
+    """The blocks of a store by their numbers, uint8 [form.bytes]; the last one's unused slots are zeros."""
+
+    def __init__(self, store: DiskStore) -> None:
+        self._store = store
+
+    def __len__(self) -> int:
+        return -(-self._store.tokens // DISK_BLOCK_TOKENS)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, range(len(self)))
+
+    def __getitem__(self, key: str) -> Tensor:
+        store, first = self._store, int(key) * DISK_BLOCK_TOKENS
+        memory = torch.zeros(store.form.bytes, dtype=torch.uint8)
+        (span,) = store.spans_between(first, min(first + DISK_BLOCK_TOKENS, store.tokens))
+        BlockMemory(store.form, memory).write(0, span.key_HTD, span.value_HTE)
+        return memory
 
 
 _pools: weakref.WeakValueDictionary[BlockForm, _Pool] = weakref.WeakValueDictionary()
@@ -345,6 +365,21 @@ class DiskStore:
             child._last = BlockMemory(self.form, reserve(self.form.bytes))
             child._last.bytes[:] = self._last.bytes
         return child
+
+    def state(self) -> StoreState:
+        """As SavedStore: each block as it lies, read back when it is asked for, so that no more than one is in memory at a time."""
+        return StoreState("disk", {"tokens": self.tokens, "layout": self.form.layout}, _SavedBlocks(self))
+
+    def restore(self, state: StoreState) -> None:
+        """As SavedStore: the blocks are copied to a file of this store's own."""
+        tokens, layout = state.of_kind("disk").whole("tokens"), state.numbers["layout"]
+        if layout not in ("rows", "blocks"):
+            raise ValueError(f"blocks of keys in the layout {layout!r}")
+        form = replace(self.form, layout=layout)
+        for number, first in enumerate(range(0, tokens, DISK_BLOCK_TOKENS)):
+            block = BlockMemory(form, state.tensor(str(number), torch.uint8, form.bytes))
+            span = block.span(first, 0, min(DISK_BLOCK_TOKENS, tokens - first))
+            self.append(span.key_HTD, span.value_HTE)
 
     def nbytes(self) -> int:
         """Bytes of memory: one block, from the first token on."""

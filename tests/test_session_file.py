@@ -48,10 +48,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "infllm": {"zones": [SINKS, {"top_k": {"pages": 4, "page_tokens": 16, "index": "representatives"}}]},
     "clusters": {"zones": [SINKS, {"clusters": {"tokens_per_cluster": 16, "exact": "5%", "estimate": "20%"}}]},
     "roargraph": {"zones": [SINKS, {"top_k": {"k": 40, "index": {"roargraph": {"queries": 512, "neighbours": 50, "ef": 60}}}}]},
+    "sample": {"zones": [SINKS, {"sample": {"lsh": {"hash_bits": 4, "tables": 20}}}]},
+    "disk": {"zones": [{"all": {"device": "disk"}}]},
     "static": {"zones": [SINKS, {"static": {"keys": 24}}]},
     "static of few bits": {"zones": [LONG, {"static": {"keys": 24}}], "store": KIVI},
 }
-FOUND = ("sketch", "flat", "ivf", "quest", "infllm", "clusters", "roargraph", "static", "static of few bits")
+FOUND = ("sketch", "flat", "ivf", "quest", "infllm", "clusters", "roargraph", "sample", "static", "static of few bits")
 EVERY = pytest.mark.parametrize("policy", POLICIES)
 VOCABULARY = 256
 
@@ -74,7 +76,7 @@ def steps(session: kvcompile.Session, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def prompt_of(policy: str) -> torch.Tensor:
-    return ids(MIN_INDEXED_TOKENS + 60 if policy in FOUND else 100)
+    return ids(MIN_INDEXED_TOKENS + 60 if policy in (*FOUND, "disk") else 100)
 
 
 def read(policy: str, kernels: str = "generated") -> kvcompile.Session:

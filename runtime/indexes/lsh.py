@@ -52,6 +52,10 @@ class LshIndex:
     def end(self) -> int:
         return self.parts[-1].end if self.parts else self._first
 
+    @property
+    def shape(self) -> tuple[int, int, int | None]:
+        return *self.mean_HD.shape, None
+
     def add(self, key_HTD: Tensor, value_HTE: Tensor) -> None:
         parts = [*self.parts, *parts_of(self.planes, centred(key_HTD, self.mean_HD), self.end)]
         while len(parts) > 1 and parts[-2].tokens < 2 * parts[-1].tokens and parts[-2].tokens + parts[-1].tokens <= PART_TOKENS:
