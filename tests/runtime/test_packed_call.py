@@ -11,6 +11,7 @@ from native import SITES, Text, assert_right
 from torch import Tensor
 
 from kvcompile.codegen.toolchain import find_toolchain, machine_isa, why_none
+from kvcompile.ir.spec import Spec
 from kvcompile.link import build_kernels
 from kvcompile.runtime.model import CompiledModel, PackedCall
 from kvcompile.runtime.native import NO_KERNELS, NativeKernels
@@ -18,6 +19,7 @@ from kvcompile.runtime.session import Session
 
 TOKENS = 420
 PROGRAM = cast(Any, SimpleNamespace(ends_with_attention=True))  # what a call must know of it
+SPEC = Spec(None, {}, ())
 NAMES = ["window_300", "all_options", "learnt_sinks", "alibi", "alibi_capped", "chunked", "chunked_300", "cache_index", "cache_index_300"]
 
 
@@ -49,7 +51,7 @@ def call(sessions: list[Session], texts: list[Text], before: list[int], lengths:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_session_of_a_call_gets_what_the_oracle_says(name: str, where: str) -> None:
     plan = SITES[name].plan(machine_isa())
-    model = CompiledModel(PROGRAM, plan, cast(Any, None), 1, kernels=kernels_of(name, where))
+    model = CompiledModel(PROGRAM, plan, SPEC, 1, kernels=kernels_of(name, where))
     texts = [Text(SITES[name], machine_isa(), TOKENS, seed) for seed in (1, 2)]
     texts[1].sinks_Q = texts[0].sinks_Q  # which belong to the model
     sessions, before = [model.session(), model.session()], [0, 0]
@@ -61,7 +63,7 @@ def test_every_session_of_a_call_gets_what_the_oracle_says(name: str, where: str
 
 
 def test_a_site_whose_sinks_ask_for_a_query_says_so_where_none_is_made() -> None:
-    model = CompiledModel(PROGRAM, SITES["cache_index"].plan(machine_isa()), cast(Any, None), 1)
+    model = CompiledModel(PROGRAM, SITES["cache_index"].plan(machine_isa()), SPEC, 1)
     text = Text(SITES["cache_index"], machine_isa(), 5)
     packed = PackedCall.begin(model, [model.session()], [0], [5], only_last=False)
     with pytest.raises(AssertionError, match="attention: nothing made the query that the sinks are shown"):
