@@ -53,7 +53,7 @@ def collapse(written: Tensor) -> int:
     """Puts the whole huge pages inside `written` into huge pages, whose addresses a processor finds quicker, and returns their bytes.
 
     written: a contiguous view of a reserved buffer, every byte of which holds memory already: so nothing grows.  0 where the system
-    has none to give, or cannot.
+    cannot, or has not enough of them for all.
     """
     assert written.is_contiguous()
     start = -(-written.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES

@@ -15,6 +15,7 @@ import heapq
 import os
 import sys
 import tempfile
+import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from kvcompile.ir.errors import CapacityError, Problem
 
 Bytes = npt.NDArray[np.uint8]
 
+_PAGE_WORDS = 512
 _IN_MEMORY = ("tmpfs", "ramfs")
 _NOT_KNOWN = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system that cannot reserve room
 
@@ -57,6 +59,7 @@ class BlockFile:
     returned: deque[int] = field(default_factory=deque, repr=False)
 
     def __post_init__(self) -> None:
+        self._lock = threading.Lock()  # a fork reads what its parent writes, and may do so in another thread
         self._free: list[int] = []  # a heap: the lowest slot is written first, so that what follows in the context follows in the file
         self._end = 0  # slots from here on were never written
         self._reserved = 0  # slots below have room on the disk
@@ -71,6 +74,10 @@ class BlockFile:
 
     def reserve(self, blocks: int) -> None:
         """Room on the disk for so many more blocks, where the file system can promise it.  Raises CapacityError, having taken none."""
+        with self._lock:
+            self._reserve(blocks)
+
+    def _reserve(self, blocks: int) -> None:
         self._collect()
         needed = self._end + max(0, blocks - len(self._free))
         if needed <= self._reserved or not hasattr(os, "posix_fallocate"):
@@ -80,13 +87,17 @@ class BlockFile:
         except OSError as error:
             if error.errno in _NOT_KNOWN:
                 return
-            self.reclaim()
+            self._reclaim()
             more = (needed - self._end) * self.block_bytes
             raise self._refused(f"{more} bytes ({more / 2**20:.1f} MiB) more for keys and values have no room", error) from error
         self._reserved = needed
 
     def write(self, block: Bytes) -> Block:
         """A new block.  Raises CapacityError, having written none, where there is no room."""
+        with self._lock:
+            return self._write(block)
+
+    def _write(self, block: Bytes) -> Block:
         assert block.nbytes == self.block_bytes
         self._collect()
         slot = heapq.heappop(self._free) if self._free else self._end
@@ -115,8 +126,13 @@ class BlockFile:
             return f"{error.strerror}"
         return None
 
-    def reclaim(self) -> None:
-        """Gives the system what lies behind the last block that is read, reserved room too."""
+    def reclaim(self, keep_reserved: bool = False) -> None:
+        """Gives the system what lies behind the last block that is read; keep_reserved: but not where its writer has reserved room."""
+        with self._lock:
+            if not (keep_reserved and self._reserved > self._end):
+                self._reclaim()
+
+    def _reclaim(self) -> None:
         self._collect()
         self._free.sort()
         while self._free and self._free[-1] == self._end - 1:
@@ -143,9 +159,16 @@ class BlockFile:
 
 
 def checksum(block: Bytes) -> int:
-    """The sum of a block's 64-bit words.  Any change within one word changes it, and of other changes all but one in 2**64; it costs a
-    tenth of a CRC-32's time, so that every read can be held against it (docs/disk_tier.md)."""
-    return int(block.view(np.uint64).sum())
+    """The sum of a block's 64-bit words, those of each page of 4096 bytes times an odd number of its own.
+
+    Any change within one word changes it, and so do pages that are exchanged or lie elsewhere; words that change places within a page do
+    not.  It costs a tenth of a CRC-32's time, so that every read can be held against it (docs/disk_tier.md).
+    """
+    words = block.view(np.uint64)
+    whole = len(words) // _PAGE_WORDS * _PAGE_WORDS
+    sums = words[:whole].reshape(-1, _PAGE_WORDS).sum(1)
+    odd = 2 * np.arange(len(sums), dtype=np.uint64) + 1
+    return int((sums * odd).sum() + words[whole:].sum())
 
 
 def default_folder() -> Path:

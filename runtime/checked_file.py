@@ -23,6 +23,7 @@ import json
 import math
 import mmap
 import os
+import re
 import stat
 import struct
 import sys
@@ -265,7 +266,7 @@ def _description(path: str, kind: FileKind, file: int, nbytes: int) -> dict[str,
             at += file_pages(each.nbytes)
         if at != offset:
             raise ValueError(f"its sections end at {at}, and it lies at {offset}")
-        order = found["byte_order"]
+        order, _ = found["byte_order"], found["kvcompile"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _damaged(path, kind, f"its description does not fit ({error})") from error
     if order != sys.byteorder:
@@ -343,6 +344,10 @@ def _rights(target: Path) -> int:
     """Those of the file that is to be replaced, or those that a new one has."""
     if target.exists():
         return stat.S_IMODE(target.stat().st_mode)
+    if ON_LINUX:  # os.umask tells what it was by changing it, for all threads
+        told = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+        if told:
+            return 0o666 & ~int(told[1], 8)
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask

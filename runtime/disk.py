@@ -1,6 +1,6 @@
 """A store whose tokens lie in a file: every token of the past, in memory only the last ones and a few blocks while they are attended to.
 
-Letters: H KV heads, S new tokens, T tokens, K positions that are asked for, D head_dim, E value_dim.
+Letters: H KV heads, S new tokens, T tokens, D head_dim, E value_dim.
 
 Rules:
 1. DISK_BLOCK_TOKENS tokens are one block of the file: the keys of every KV head, then the values, as `layout` says.  The tokens behind
@@ -208,7 +208,7 @@ class DiskStore:
 
     def _write_block(self, block: BlockMemory) -> None:
         for file in {each.file for each in self._blocks if each.file is not self._file}:
-            file.reclaim()  # the stores that wrote it may be gone: nobody else looks after it
+            file.reclaim(keep_reserved=True)  # the stores that wrote it may be gone: nobody else looks after it
         self._blocks.append(self._own_file().write(block.bytes))
         self._waiting = 0
 
@@ -307,20 +307,6 @@ class DiskStore:
         mend = f"These tokens are lost to this session, and to its forks of more than {first} tokens; read the text again in a new one."
         raise LostTokens(self, Problem("session", what, mend))
 
-    def gather(self, position_HK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [H, K, D] and values [H, K, E] at positions of each head's own; every block that holds one of them is read."""
-        key_HKD, value_HKE = (position_HK.new_empty(*position_HK.shape, dim, dtype=self.dtype) for dim in (self.head_dim, self.value_dim))
-        with self._pool.lent() as staging:
-            for number in (position_HK // DISK_BLOCK_TOKENS).unique().tolist():
-                first = number * DISK_BLOCK_TOKENS
-                ((_, block),) = self._staged(first, first + 1, staging)
-                here_HK = (position_HK >= first) & (position_HK < first + DISK_BLOCK_TOKENS)
-                head_N, place_N = here_HK.nonzero(as_tuple=True)
-                slot_N = position_HK[here_HK] - first
-                key_HKD[head_N, place_N] = block.keys.gather(head_N, slot_N)
-                value_HKE[head_N, place_N] = block.values.gather(head_N, slot_N)
-        return key_HKD, value_HKE
-
     # --- taking back, sharing, counting ----------------------------------------------------------------------------------------------
 
     def can_rollback(self, tokens: int) -> Problem | None:
@@ -350,7 +336,7 @@ class DiskStore:
         if keep == 0:
             self._last = None
         for file in {*([self._file] if self._file else []), *(block.file for block in self._blocks)}:
-            file.reclaim()
+            file.reclaim(keep_reserved=file is not self._file)
 
     def _cut(self, tokens: int) -> int | None:
         """The number of the block of the file that a rollback keeps a part of."""

@@ -160,6 +160,8 @@ class LookupStore:
         index.rollback(max(self._made_end, self._covered(last_turn)))  # what it covered when the session was so long
         if index.end > self.tokens + 1 - self.window.recent_tokens:
             self.index = None
+        elif isinstance(self.zone, Sample) and isinstance(self.rows, Settling) and index.end > self._covered(self.tokens):
+            self.index = None  # keys that are exact again will be quantised among others, and then lie at other angles
 
     def _covered(self, tokens: int) -> int:
         """The end of what leaves the window when so many tokens are read."""

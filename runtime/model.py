@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from kvcompile.ir.errors import Problem, SessionError
+from kvcompile.ir.errors import CapacityError, Problem, SessionError
 from kvcompile.ir.plan import HeadGroup, Plan, SitePlan
 from kvcompile.ir.policy import HeadPolicy, Int8, Kivi, Sample, SinkRecent, Static, TopK
 from kvcompile.ir.sites import AttentionSite
@@ -121,11 +121,17 @@ class CompiledModel:
         sessions = [session for session, _ in batch]
         if len(set(map(id, sessions))) != len(sessions):
             raise SessionError(Problem("step", "a session stands twice in one call.", "Fork it, or call once for each token."))
-        for session, ids in batch:
+        for session in sessions:
             if session.model.program is not self.program or session.model.plan is not self.plan:
                 raise SessionError(Problem("step", "a session of another model.", "Use sessions that this model made."))
             session.check_usable()
-            session.check_room(len(ids))
+        for number, (session, ids) in enumerate(batch):
+            try:
+                session.check_room(len(ids))
+            except CapacityError:
+                for earlier in sessions[:number]:
+                    earlier.release_room()
+                raise
             session.warn_beyond_context(len(ids))
         before = [(len(session), session.convolutions) for session in sessions]
         try:

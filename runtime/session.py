@@ -192,9 +192,13 @@ class Session:
             for store in self._on_disk:
                 store.reserve(tokens)
         except CapacityError:
-            for store in self._on_disk:
-                store.rollback(0)  # gives back what was reserved
+            self.release_room()
             raise
+
+    def release_room(self) -> None:
+        """Gives back what `check_room` reserved on the disk."""
+        for store in self._on_disk:
+            store.rollback(0)
 
     def warn_beyond_context(self, tokens: int) -> None:
         """Warns once, when the declared context is passed."""
@@ -217,7 +221,11 @@ class Session:
         for stores in self._stores:
             for store in stores:
                 surplus = store.tokens - length
-                if surplus > 0 and store.can_rollback(surplus) is not None:
+                problem = store.can_rollback(surplus) if surplus > 0 else None
+                if problem is not None and isinstance(store, DiskStore):
+                    self._broken = problem.what
+                    return
+                if problem is not None:
                     self._broken = f"a call was interrupted ({type(cause).__name__}) after it had overwritten part of a ring."
                     return
                 if surplus > 0:

@@ -86,7 +86,7 @@ def _combination_problems(kinds: list[str], where: str) -> Iterator[Problem]:
         yield Problem(where, f"sink_recent stands behind {found[0]}.", "Write sink_recent first.")
     else:
         what = f"{' and '.join(kinds)} share tokens, which would then count twice."
-        yield Problem(where, what, "Keep one of the zones, or sink_recent and one of {', '.join(FOUND_ZONES)} behind it.")
+        yield Problem(where, what, f"Keep one of the zones, or sink_recent and one of {', '.join(FOUND_ZONES)} behind it.")
 
 
 def _zone_problems(zone: ZoneKind, path: str, document: Document) -> Iterator[Problem]:

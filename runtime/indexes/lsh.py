@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompile.ir.indexes import BLOCK_TOKENS
 from kvcompile.ir.lsh_facts import PART_TOKENS, LshFacts
 from kvcompile.ir.policy import Select
 from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
-from kvcompile.runtime.indexes.lsh_tables import cut, hashed, hyperplanes, joined, met, parts_of, planes_of
+from kvcompile.runtime.indexes.lsh_tables import cut, hashed, hyperplanes, interned, joined, met, parts_of, planes_of
+from kvcompile.runtime.indexes.restoring import shaped, whole
 from kvcompile.runtime.merge import AttentionState
 from kvcompile.runtime.native_lsh import Part, Planes
 
@@ -153,22 +155,22 @@ class Lsh(LshFacts):
         return LshIndex(first, prompt.queries_per_kv, planes, mean_HD, parts_of(planes, centred(prompt.key_HTD, mean_HD), first))
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> LshIndex:
-        normal_BD16, mean_HD = tensors["planes"], tensors["mean"]
-        bits, tables, count = (int(numbers[name]) for name in ("hash_bits", "tables", "parts"))
+        normal_BD16 = shaped(tensors, "planes", torch.float32, None, None, 16)
+        mean_HD = shaped(tensors, "mean", torch.float32, None, normal_BD16.shape[1])
+        bits, tables, count, first, group = (whole(numbers, name) for name in ("hash_bits", "tables", "parts", "first", "group"))
         faults = self.check({"hash_bits": bits, "tables": tables})
         if faults:
             raise ValueError(f"{faults[0].option} {faults[0].what}")
-        if normal_BD16.dim() != 3 or mean_HD.dim() != 2 or normal_BD16.shape[1:] != (mean_HD.shape[1], 16):
-            raise ValueError(f"hyperplanes of shape {tuple(normal_BD16.shape)} for a mean of shape {tuple(mean_HD.shape)}")
-        if normal_BD16.dtype != torch.float32 or mean_HD.dtype != torch.float32 or 16 * len(normal_BD16) < bits * tables:
-            raise ValueError(f"{16 * len(normal_BD16)} hyperplanes of {normal_BD16.dtype} for {tables} tables of {bits} bits")
+        if 16 * len(normal_BD16) < bits * tables:
+            raise ValueError(f"{16 * len(normal_BD16)} hyperplanes for {tables} tables of {bits} bits")
         parts: list[Part] = []
         for number in range(count):
-            first = parts[-1].end if parts else numbers["first"]
-            part = Part(first, tensors[f"order {number}"], tensors[f"border {number}"])
+            part = Part(parts[-1].end if parts else first, tensors[f"order {number}"], tensors[f"border {number}"])
             _check_part(part, (len(mean_HD), tables), bits)
             parts.append(part)
-        return LshIndex(numbers["first"], numbers["group"], planes_of(normal_BD16, bits, tables), mean_HD, tuple(parts))
+        if (sum(part.tokens for part in parts)) % BLOCK_TOKENS:
+            raise ValueError(f"it covers {parts[-1].end - first} tokens, no multiple of {BLOCK_TOKENS}")
+        return LshIndex(first, group, planes_of(interned(normal_BD16), bits, tables), mean_HD, tuple(parts))
 
 
 def _check_part(part: Part, lists: tuple[int, int], bits: int) -> None:
@@ -183,5 +185,6 @@ def _check_part(part: Part, lists: tuple[int, int], bits: int) -> None:
         raise ValueError("a key is in no bucket of a table")
     border_HLX = border_HLX.int() & 0xFFFF
     most = tokens if tokens >= 1 << bits else (1 << bits) - 1
-    if bool((border_HLX.diff(dim=2) < 0).any()) or int(border_HLX.max()) > most:
+    begins = tokens < 1 << bits or not bool(border_HLX[..., 0].any())  # borders begin at the first place
+    if not begins or bool((border_HLX.diff(dim=2) < 0).any()) or int(border_HLX.max()) > most:
         raise ValueError("borders of buckets are in no order")

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvcompile.ir.lsh_facts import LEAST_COLLISIONS, PART_TOKENS, padded_planes
 from kvcompile.runtime.native_lsh import Met, Part, Planes, lsh_library
 
+_read: weakref.WeakSet[Tensor] = weakref.WeakSet()  # normals that no process of this seed made
 _kept: weakref.WeakValueDictionary[tuple[int, int, int, int], Tensor] = weakref.WeakValueDictionary()
 
 
@@ -26,6 +27,15 @@ def hyperplanes(bits: int, tables: int, seed: int, head_dim: int) -> Planes:
         normal_ND = torch.randn(16 * blocks, head_dim, generator=torch.Generator().manual_seed(seed))
         _kept[key] = normal_BD16 = normal_ND.unflatten(0, (blocks, 16)).transpose(1, 2).contiguous()
     return planes_of(normal_BD16, bits, tables)
+
+
+def interned(normal_BD16: Tensor) -> Tensor:
+    """Normals that were read, or the same ones that the process has already."""
+    for kept_BD16 in (*_kept.values(), *_read):
+        if torch.equal(kept_BD16, normal_BD16):
+            return kept_BD16
+    _read.add(normal_BD16)
+    return normal_BD16
 
 
 def planes_of(normal_BD16: Tensor, bits: int, tables: int) -> Planes:

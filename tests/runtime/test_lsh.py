@@ -292,7 +292,14 @@ def test_a_damaged_state_is_refused(tmp_path):
             damaged[1, 7, 3] = value
             with pytest.raises(ValueError):
                 index_kind("lsh").restore({**tensors, name: damaged}, numbers)
-        for wrong in ({"hash_bits": 17}, {"tables": 1}, {"tables": 41}):
+        if bits == 5:
+            damaged = tensors["border 1"].clone()
+            damaged[1, 7, 0] = 1  # keys before the first bucket
+            with pytest.raises(ValueError, match="in no order"):
+                index_kind("lsh").restore({**tensors, "border 1": damaged}, numbers)
+        again = [index_kind("lsh").restore({name: each.clone() for name, each in tensors.items()}, numbers) for _ in range(2)]
+        assert again[0].planes.normal_BD16 is again[1].planes.normal_BD16
+        for wrong in ({"parts": "2"}, {"first": -1}, {"group": 1.5}, {"hash_bits": 17}, {"tables": 1}, {"tables": 41}):
             with pytest.raises(ValueError):
                 index_kind("lsh").restore(tensors, {**numbers, **wrong})
     path = tmp_path / "index.safetensors"

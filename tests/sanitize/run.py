@@ -141,6 +141,30 @@ def stores(kernels: NativeKernels, isa: Isa) -> None:
         print(f"  {name}: forks, rollbacks and further buffers", flush=True)
 
 
+def parts(kernels: NativeKernels, isa: Isa) -> None:
+    """The same stores seen in parts of 256 and more keys, and states that end at their last number: the bits of the whole."""
+    for name, site in SITES.items():
+        seeing = [(row, heads) for row, (heads, zone) in enumerate(site.groups) if isinstance(zone, All) and site.key_layout == "blocks"]
+        for row, heads in seeing:
+            text = Text(site, isa, LONG)
+            for length, new in ((1, 1), (17, 17), (256, 1), (257, 60), (513, 1), (1030, 50)):
+                reader = exact_reader(text, kernels, length)
+                read_in(reader, length - new, max(1, length - new))
+                whole = reader.take(new)
+                query, key, value = (getattr(text, part)[None, :, length - new : length] for part in ("query_QSD", "key_HSD", "value_HSE"))
+                out = torch.zeros(1, *whole.shape, dtype=whole.dtype)
+                table = reader.table.sites[0][row : row + 1].clone()
+                states = torch.full((len(heads) * new * site.queries_per_kv * (site.value_dim + 2),), torch.nan)
+                given = query, key, value, text.sinks_Q, reader.site.slopes, table, reader.heads, out, states
+                for first in range(0, length, 512):
+                    torch.ops.kvc_native.attend_part(*given, first, min(length, first + 512), first + 512 >= length)
+                shown_SHGE, whole_SHGE = (
+                    each.unflatten(1, (site.kv_heads, site.queries_per_kv))[:, list(heads)] for each in (out[0], whole)
+                )
+                assert torch.equal(shown_SHGE, whole_SHGE), (name, length, new)
+        print(f"  {name}: {len(seeing)} groups in parts", flush=True)
+
+
 def linears(kernels: NativeKernels, _isa: Isa) -> None:
     for request in LINEARS:
         dtype, kernel = getattr(torch, request.dtype), kernels.name(request.key)
@@ -195,7 +219,14 @@ def beyond_ring(kernels: NativeKernels, isa: Isa) -> None:
     read_in(exact_reader(Text(SITES["bfloat16, all options"], isa, 21), kernels, 21, claimed=1), 21, 1)
 
 
-CLEAN = {"attention": attention, "stores": stores, "linears": linears, "lookups": lookups, "hash_tables": hash_tables}
+CLEAN = {
+    "attention": attention,
+    "stores": stores,
+    "parts": parts,
+    "linears": linears,
+    "lookups": lookups,
+    "hash_tables": hash_tables,
+}
 REPORTED = {"beyond_keys": beyond_keys, "beyond_values": beyond_values, "beyond_ring": beyond_ring}
 Part = Callable[[NativeKernels, Isa], None]
 

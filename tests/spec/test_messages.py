@@ -246,7 +246,8 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
         ("policies: {a: {zones: [{state: {any: 1}}]}}", "zone kind state is not built"),
         (
             "policies: {a: {zones: [all, {sink_recent: {sink_tokens: 4, recent_tokens: 8}}]}}",
-            "s.yaml:2: policies.a.zones: all and sink_recent share tokens, which would then count twice.\n  Keep one of the zones,",
+            "s.yaml:2: policies.a.zones: all and sink_recent share tokens, which would then count twice.\n  Keep one of the zones, or "
+            "sink_recent and one of static, top_k, clusters, sample behind it.",
         ),
         (
             "policies: {a: {zones: [{all: {store: float16}}]}}",
