@@ -168,7 +168,7 @@ def checksum(block: Bytes) -> int:
     whole = len(words) // _PAGE_WORDS * _PAGE_WORDS
     sums = words[:whole].reshape(-1, _PAGE_WORDS).sum(1)
     odd = 2 * np.arange(len(sums), dtype=np.uint64) + 1
-    return int((sums * odd).sum() + words[whole:].sum())
+    return (int((sums * odd).sum()) + int(words[whole:].sum())) % 2**64
 
 
 def default_folder() -> Path:

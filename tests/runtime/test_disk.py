@@ -374,3 +374,22 @@ def test_files_do_not_go_to_a_folder_that_lies_in_memory(monkeypatch, tmp_path):
 def test_dev_shm_lies_in_memory_and_the_root_does_not():
     assert lies_in_memory(type(default_folder())("/dev/shm"))
     assert not lies_in_memory(type(default_folder())("/"))
+
+
+def test_a_checksum_tells_pages_that_changed_places():
+    block = np.random.default_rng(0).integers(0, 256, 5 * 4096 + 64, dtype=np.uint8)
+    exchanged = block.copy()
+    exchanged[:4096], exchanged[8192:12288] = block[8192:12288], block[:4096]
+    turned = block.copy()
+    turned[-1] ^= 1
+    assert len({checksum(block), checksum(exchanged), checksum(turned), checksum(block[:-64])}) == 4
+
+
+def test_room_that_another_store_of_the_file_reserved_stays(tmp_path):
+    file = BlockFile(str(tmp_path), 4096)
+    kept = file.write(np.zeros(4096, dtype=np.uint8))
+    file.reserve(3)
+    file.reclaim(keep_reserved=True)
+    assert os.fstat(file._descriptor).st_size == 4 * 4096
+    file.reclaim()
+    assert os.fstat(file._descriptor).st_size == 4096 and kept.slot == 0

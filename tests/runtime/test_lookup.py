@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcompile.ir.errors import SessionError
 from kvcompile.ir.indexes import BLOCK_TOKENS, MIN_INDEXED_TOKENS
 from kvcompile.ir.policy import LookedUp, Sample, SinkRecent, Static, TopK
-from kvcompile.runtime import reference
+from kvcompile.runtime import lookup, reference
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.indexes.sketch import SketchIndex
 from kvcompile.runtime.lookup import LATE_TOKENS, LookupStore, attend_chosen, attend_lookup, attend_prompt
@@ -365,3 +365,15 @@ def test_an_index_is_held_against_queries_after_enough_tokens_however_they_came(
     read_prompt(held, *at(given, 801, 2600))
     step(held, *at(given, 2600, 2601))
     assert asked == [2601]
+
+
+def test_rows_of_a_long_context_move_to_huge_pages_when_their_index_is_made(monkeypatch):
+    moved = []
+    monkeypatch.setattr(GrowableStore, "use_huge_pages", lambda rows: moved.append(rows.tokens))
+    given = tokens(900)
+    for least, expected in ((900, []), (890, [891])):
+        monkeypatch.setattr(lookup, "HUGE_TOKENS", least)
+        held = store()
+        read_prompt(held, *at(given, 0, 890))
+        step(held, *at(given, 890, 891))
+        assert held.index is not None and moved == expected

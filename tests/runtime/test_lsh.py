@@ -551,16 +551,19 @@ def test_keys_that_kivi_will_still_quantise_are_in_no_table():
     held.append(key_HTD[:, :800], key_HTD[:, :800])
     held.settle()
     hashed_again = 0
+    taken_back = iter((13, 40, 60, 63))
     for position in range(800, 1300):
+        if position % 110 == 0:
+            held.rollback(next(taken_back))  # keys that were quantised are exact again, and join other groups
         held.append(key_HTD[:, position : position + 1], key_HTD[:, position : position + 1])
         index = held.refresh()
         held.settle()
-        if position % 50 == 0 and isinstance(index, LshIndex):
+        if position % 25 == 0 and isinstance(index, LshIndex):
             now_HTD, _ = rows.gather(torch.arange(index.first, index.end).expand(HEADS, -1))
             buckets = lsh_tables.hashed(index.planes, centred(now_HTD, index.mean_HD))
             assert torch.equal(buckets, torch.cat([lsh_tables.buckets_of(part, 5) for part in index.parts], 2))
             hashed_again += 1
-    assert hashed_again == 10 and index is not None and index.end > 1100
+    assert hashed_again == 20 and index is not None and index.end > 900
 
 
 def test_a_part_tells_its_bytes():
