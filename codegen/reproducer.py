@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from kvcompile.ir.show import shape_text
-from kvcompile.ir.spec import Output, Spec
+from kvcompile.ir.spec import Output, Prefix, Spec
 
 _TEMPLATE = '''"""Repeats a failure of kvcompile's pass {failed}; runs without the original model.
 
@@ -26,7 +26,7 @@ from torch import device, inf, nan  # names that generated code uses
 import kvcompile.ir.attend_op  # defines torch.ops.kvc.attend
 from kvcompile.compiler import run_passes
 from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, Sample, SinkRecent, Static, Store, TopK
-from kvcompile.ir.spec import HeadRule, Output, Pattern, Spec, Target
+from kvcompile.ir.spec import HeadRule, Output, Pattern, Prefix, Spec, Target
 
 SPEC = {spec}
 
@@ -68,11 +68,16 @@ def captured(graph: torch.fx.GraphModule) -> tuple[str, str]:
     return "\n".join(weights), graph.graph.python_code("self").src.strip()
 
 
+def _of_passes(spec: Spec) -> Spec:
+    """What passes read of a spec: no model, no folder, no text to start behind, which needs a tokenizer."""
+    return replace(spec, model=None, output=Output(), prefix=Prefix(spec.prefix.relay), lines=dict(spec.lines))
+
+
 def reproducer_source(weights: str, forward: str, spec: Spec, context_tokens: int | None, failed: str) -> str:
     """The text of a Python file that compiles a captured graph again up to where pass `failed` stopped."""
     return _TEMPLATE.format(
         failed=failed,
-        spec=pprint.pformat(replace(spec, model=None, output=Output(), lines=dict(spec.lines)), width=120, sort_dicts=False),
+        spec=pprint.pformat(_of_passes(spec), width=120, sort_dicts=False),
         weights=weights,
         context_tokens=context_tokens,
         forward="\n".join(f"    {line}" if line.strip() else "" for line in forward.splitlines()),

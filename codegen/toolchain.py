@@ -43,7 +43,7 @@ _ISA_FLAGS: dict[Isa, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mtune=generic"),
     "portable": (),
 }  # fmt: skip
-_EXTRAS = {"avx512_vnni": "-mavx512vnni"}
+_EXTRAS = {"avx512_vnni": "-mavx512vnni", "avx512_bf16": "-mavx512bf16"}
 _PROBE = "#include <cmath>\nint main() {}\n"
 # Runs the compiler beside a watcher that reads a pipe which only this process can write to.  When this process dies, however it
 # dies, the watcher sees the end of the pipe and kills the process group: the compiler proper, assembler and linker too.
@@ -111,7 +111,8 @@ def machine_isa() -> Isa:
 def isa_flags(isa: Isa) -> tuple[str, ...]:
     """The compiler flags that switch an instruction set on; to be added to BASE_FLAGS.
 
-    Beside avx512 stands what this machine has of _EXTRAS: it changes how fast whole numbers are multiplied, and no result.
+    Beside avx512 stands what this machine has of _EXTRAS: how fast whole numbers are multiplied, which changes no result, and whether
+    bfloat16 numbers are multiplied in pairs where sessions attend to what they share (codegen/cpp/pairs.h), which rounds otherwise.
     """
     extras = [flag for feature, flag in _EXTRAS.items() if feature in cpu_flags()] if isa == "avx512" else []
     return (*_ISA_FLAGS[isa], *extras)

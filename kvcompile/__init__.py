@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from kvcompile.ir.errors import KvcompileError
     from kvcompile.pipeline import Pipeline
     from kvcompile.runtime.model import CompiledModel
+    from kvcompile.runtime.prefix_tree import PrefixTree
     from kvcompile.runtime.session import Session
     from kvcompile.spec import load_spec
     from kvcompile.transformers_cache import Cache
 
 __version__ = "0.1.0"
 
-__all__ = ["Cache", "CompiledModel", "KvcompileError", "Pipeline", "Session", "__version__", "compile", "load_spec", "trace"]
+__all__ = ["Cache", "CompiledModel", "KvcompileError", "Pipeline", "PrefixTree", "Session", "__version__", "compile", "load_spec", "trace"]
 
 _HOME = {
     "compile": "kvcompile.compiler",
@@ -27,6 +28,7 @@ _HOME = {
     "load_spec": "kvcompile.spec",
     "Pipeline": "kvcompile.pipeline",
     "CompiledModel": "kvcompile.runtime.model",
+    "PrefixTree": "kvcompile.runtime.prefix_tree",
     "Session": "kvcompile.runtime.session",
     "Cache": "kvcompile.transformers_cache",
     "KvcompileError": "kvcompile.ir.errors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from kvcompile.codegen.segments import segment_sources
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import KvcompileError, ModelError, Problem, SpecError, TargetError, UnsupportedGraphError
 from kvcompile.ir.evaluate import FakeConstantError
-from kvcompile.ir.plan import Plan
+from kvcompile.ir.plan import Plan, PlannedPrefix
 from kvcompile.ir.show import graph_text
 from kvcompile.ir.spec import ModelSource, Spec
 from kvcompile.ir.unit import Unit
@@ -29,10 +30,12 @@ from kvcompile.models.exported import as_module
 from kvcompile.models.load import open_model
 from kvcompile.models.opened import OpenedModel, token_ids
 from kvcompile.models.weights_hash import weights_hash
+from kvcompile.original import OriginalFacts
 from kvcompile.passes.probe_segments import probe_segments
 from kvcompile.passes.rotate_sink_queries import check_shift_invariance
 from kvcompile.passes.trace import FixedLengthError, bind_weights, front_ends, trace
 from kvcompile.pipeline import Pipeline
+from kvcompile.prefixes import plan_prefixes
 from kvcompile.report import DEFAULT_CONTEXTS, plan_text, report_compiled
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.verify import Verification, full_plan, record_key, verify
@@ -120,12 +123,13 @@ def compile(
     _check_output(checked)
     stages = _Stages(progress or _silent)
     opened = None if module is not None else _open(checked, stages)
-    unit, module = _run(checked, opened, module, stages, None, dump)
+    prefixes = _prefixes(checked, opened, tokenizer)
+    unit, module = _run(checked, opened, module, stages, None, dump, prefixes)
     if opened is not None:
         if module is None:
             module = _load(opened, stages)
             if not bind_weights(unit.graph, module):  # a constant that only the real model holds
-                unit, module = _run(checked, None, module, stages, None, dump)
+                unit, module = _run(checked, None, module, stages, None, dump, prefixes)
         tokenizer = tokenizer if tokenizer is not None else opened.tokenizer()
     assert module is not None and unit.plan is not None
     check_shift_invariance(unit)  # the weights hold the rotation's numbers
@@ -145,6 +149,7 @@ def compile(
         timings=stages.seconds,
         warnings=(*unit.warnings, *linked.warnings),
         explanation=_explain,
+        transformers_face=functools.partial(_as_transformers, original=OriginalFacts.of(module)),
     )
     compiled = replace(compiled, verification=_verified(compiled, module, unit, linked.built, opened, stages))
     report_compiled(compiled, contexts)
@@ -155,15 +160,16 @@ def run_passes(
     spec: str | Path | Mapping[str, Any] | Spec,
     *,
     module: nn.Module | None = None,
+    tokenizer: Any = None,
     stop_after: str | None = None,
     dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PassResult:
-    """Trace and run the passes up to `stop_after`, without loading weights."""
+    """Trace and run the passes up to `stop_after`, without loading weights.  tokenizer: as `compile` takes it, for prefixes."""
     _, checked = _read(module, spec, ())
     stages = _Stages(progress or _silent)
     opened = None if module is not None else _open(checked, stages)
-    unit, _ = _run(checked, opened, module, stages, stop_after, dump)
+    unit, _ = _run(checked, opened, module, stages, stop_after, dump, _prefixes(checked, opened, tokenizer))
     return PassResult(unit, stages.seconds)
 
 
@@ -171,6 +177,7 @@ def make_plan(
     spec: str | Path | Mapping[str, Any] | Spec,
     *,
     module: nn.Module | None = None,
+    tokenizer: Any = None,
     dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -178,7 +185,7 @@ def make_plan(
 
     Raises CapacityError when it does not fit `target.memory`.
     """
-    plan = run_passes(spec, module=module, stop_after="request_kernels", dump=dump, progress=progress).plan
+    plan = run_passes(spec, module=module, tokenizer=tokenizer, stop_after="request_kernels", dump=dump, progress=progress).plan
     assert plan is not None
     return plan
 
@@ -268,30 +275,45 @@ def _load(opened: OpenedModel, stages: _Stages) -> nn.Module:
         return opened.load()
 
 
+def _prefixes(spec: Spec, opened: OpenedModel | None, tokenizer: Any) -> tuple[PlannedPrefix, ...]:
+    """The prefixes as tokens, before any work: what cannot be exact should not wait."""
+    if not spec.prefix.shared:
+        return ()
+    return plan_prefixes(spec.prefix, tokenizer if tokenizer is not None or opened is None else opened.tokenizer())
+
+
 def _run(
-    spec: Spec, opened: OpenedModel | None, module: nn.Module | None, stages: _Stages, stop_after: str | None, dump: str | Path | None
+    spec: Spec,
+    opened: OpenedModel | None,
+    module: nn.Module | None,
+    stages: _Stages,
+    stop_after: str | None,
+    dump: str | Path | None,
+    prefixes: tuple[PlannedPrefix, ...],
 ) -> tuple[Unit, nn.Module | None]:
     """Trace and passes.  A model that is not loaded yet is traced from its configuration, with weights of no memory.
 
     The second is the model with its weights: the module that was given, or None unless a table had to be looked into.
     """
     if module is not None:
-        return _through_front_ends(spec, module, stages, stop_after, dump), module
+        return _through_front_ends(spec, module, stages, stop_after, dump, prefixes), module
     assert opened is not None
     with stages.stage("open", f"reading {opened.name}"), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         fake = opened.build()
     try:
-        return _through_front_ends(spec, fake, stages, stop_after, dump), None
+        return _through_front_ends(spec, fake, stages, stop_after, dump, prefixes), None
     except FakeConstantError:  # a mask that is a table
         module = _load(opened, stages)
-        return _through_front_ends(spec, module, stages, stop_after, dump), module
+        return _through_front_ends(spec, module, stages, stop_after, dump, prefixes), module
 
 
 # the passes that a front end may fail in while another one succeeds, the most telling failure last
 _FRONT_PASSES = ("trace", "canonicalise_attention", "make_positions_explicit", "check_token_wise")
 
 
-def _through_front_ends(spec: Spec, module: nn.Module, stages: _Stages, stop_after: str | None, dump: str | Path | None) -> Unit:
+def _through_front_ends(
+    spec: Spec, module: nn.Module, stages: _Stages, stop_after: str | None, dump: str | Path | None, prefixes: tuple[PlannedPrefix, ...]
+) -> Unit:
     """Which front end serves a model is found by trying: some models ignore transformers' attention interface without a word."""
     declared = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     pipeline = Pipeline(dump=Path(dump) if dump else None, on_pass=stages.seconds.__setitem__)
@@ -301,7 +323,7 @@ def _through_front_ends(spec: Spec, module: nn.Module, stages: _Stages, stop_aft
             with stages.stage("trace", "tracing" if not failures else f"tracing again, with {front_end} attention"):
                 graph = trace(module, front_end)
             stages.progress("running passes")
-            return pipeline.run(Unit(graph, spec, context_tokens=declared), stop_after)
+            return pipeline.run(Unit(graph, spec, context_tokens=declared, prefixes=prefixes), stop_after)
         except FixedLengthError:
             raise
         except UnsupportedGraphError as error:
@@ -348,10 +370,16 @@ def _verified(
     return verification
 
 
+def _as_transformers(compiled: CompiledModel, original: OriginalFacts) -> Any:
+    from kvcompile.transformers_model import KvcompileForCausalLM
+
+    return KvcompileForCausalLM(compiled, original)
+
+
 def _explain(compiled: CompiledModel) -> str:
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in compiled.timings.items())
     proved = compiled.verification.text() if compiled.verification else "nothing is proved of this plan"
-    return "\n".join([plan_text(compiled.plan), "", proved, f"compile: {seconds}", *compiled.warnings])
+    return "\n".join([plan_text(compiled.plan), "", proved, compiled.relay.text(), f"compile: {seconds}", *compiled.warnings])
 
 
 __all__ = ["KvcompileError", "PassResult", "compile", "make_plan", "run_passes", "trace"]

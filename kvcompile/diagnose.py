@@ -101,7 +101,7 @@ def site_differences(graph: torch.fx.GraphModule, full: CompiledModel, ids: Tens
     that forgets shows at its site, in bfloat16 too.  graph: outlined.  full: the program under policy full.  ids: [tokens].
     """
     found: dict[AttentionSite | ConvolutionSite, float] = {}
-    call = PackedCall.begin(full, [full.session()], [0], [len(ids)], only_last=False)
+    call = PackedCall.begin(full, [full.session(prefix=None)], [0], [len(ids)], only_last=False)
 
     def apart(expected: Tensor, ran: Tensor) -> float:
         return float((expected.double() - ran.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))

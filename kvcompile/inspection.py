@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from kvcompile.compiler import run_passes
-from kvcompile.ir.errors import Problem, UnsupportedGraphError
+from kvcompile.ir.errors import Problem, SessionError, UnsupportedGraphError
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.report import Table, format_bytes
 from kvcompile.runtime.checked_file import CheckedFile, file_kind, open_checked
@@ -129,9 +129,12 @@ class KeptFile:
 
 
 def inspect_file(path: str | Path) -> KeptFile | None:
-    """What a session file or an index file holds; None of anything else.  Raises SessionError where it is damaged."""
+    """What a session file or an index file holds; None of a model.  Raises SessionError where it is damaged, and for any other file."""
     kind = file_kind(path, (SESSION_FILE, INDEX_FILE))
     if kind is None:
+        if Path(path).is_file() and Path(path).suffix not in (".gguf", ".pt2"):
+            what = "is no file of a session or an index (it does not begin as one), and no .gguf or .pt2 file of a model."
+            raise SessionError(Problem(str(path), what, "Name such a file, or the folder of a model."))
         return None
     with open_checked(path, kind) as file:
         file.read_sections()

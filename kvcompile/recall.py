@@ -216,7 +216,7 @@ def measure_recall(model: CompiledModel, ids: Tensor, where: str = "text", progr
     check_text((group.policy for _, group in looking), len(ids), where)
     full = model.with_plan(full_plan(model.plan))
     listener = _Listener(looking, cache_tokens(len(ids)), held_out(len(ids)))
-    session = replace(full, program=_listened_to(full.program, listener)).session()
+    session = replace(full, program=_listened_to(full.program, listener)).session(prefix=None)
     session.prefill(ids, on_chunk=lambda read, total: told(f"reading the text: {read} of {total} tokens"))
     heads: list[HeadRecall] = []
     notes: list[str] = []

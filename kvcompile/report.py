@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile.ir.errors import KvcompileError
 from kvcompile.ir.indexes import SAMPLING
-from kvcompile.ir.plan import Plan, SitePlan
+from kvcompile.ir.plan import Plan, PlannedPrefix, SitePlan
 from kvcompile.ir.policy import Sample
+from kvcompile.ir.relaying import relay_remark
 from kvcompile.ir.spec import Output
 
 if TYPE_CHECKING:
@@ -161,7 +162,18 @@ def plan_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
     remarks += [*_sample_remarks(plan), *_build_remarks(plan, contexts)]
     if plan.staging_bytes:
         remarks.append(f"blocks from the disk are read into {format_bytes(plan.staging_bytes)} of memory, once for all sessions")
+    remarks += [_prefix_remark(plan, prefix) for prefix in plan.prefixes]
     return [*remarks, *_convolution_remarks(plan), *(f"note: {note}" for note in plan.notes)]
+
+
+def _prefix_remark(plan: Plan, prefix: PlannedPrefix) -> str:
+    """`prefix rules (after system): 120 tokens behind 1024, read once, 2.6 MiB for all sessions`."""
+    facts = [f"after {prefix.after}"] if prefix.after is not None else []
+    facts += ["a system message"] if prefix.system is not None else []
+    facts += ["the default"] if prefix.default else []
+    name = f"prefix {prefix.name}" + (f" ({', '.join(facts)})" if facts else "")
+    behind = f" behind {prefix.before}" if prefix.before else ""
+    return f"{name}: {len(prefix.ids)} tokens{behind}, read once, {format_bytes(plan.prefix_bytes(prefix))} for all sessions"
 
 
 def _sample_remarks(plan: Plan) -> list[str]:
@@ -182,7 +194,7 @@ def _build_remarks(plan: Plan, contexts: Sequence[int]) -> list[str]:
     if not longer:
         return []
     told = ", ".join(f"{share:.1f} times at {format_tokens(context)}" for context, share in longer)
-    return [f"the first generated token makes the indexes, which takes longer than reading the prompt: on a CPU about {told}"]
+    return [f"making the indexes, by the first generated token, takes longer than reading the prompt: on a CPU about {told}"]
 
 
 def _convolution_remarks(plan: Plan) -> list[str]:
@@ -206,6 +218,7 @@ def plan_dict(plan: Plan, contexts: Sequence[int]) -> dict[str, Any]:
         "weight_bytes": plan.weight_bytes,
         "context_tokens": plan.context_tokens,
         "notes": list(plan.notes),
+        "prefix": {"relay": plan.relay, "shared": [_prefix_dict(plan, prefix) for prefix in plan.prefixes]},
         "contexts": [
             {
                 "tokens": context,
@@ -220,6 +233,19 @@ def plan_dict(plan: Plan, contexts: Sequence[int]) -> dict[str, Any]:
         ],
         "sites": [_site_dict(site, contexts) for site in plan.sites],
         "convolutions": [{**asdict(each.site), "kept_tokens": each.kept_tokens} for each in plan.convolutions],
+    }
+
+
+def _prefix_dict(plan: Plan, prefix: PlannedPrefix) -> dict[str, Any]:
+    """own_tokens, bytes: without those of the prefix that it continues."""
+    return {
+        "name": prefix.name,
+        "after": prefix.after,
+        "tokens": prefix.tokens,
+        "own_tokens": len(prefix.ids),
+        "bytes": plan.prefix_bytes(prefix),
+        "chat": prefix.system is not None,
+        "default": prefix.default,
     }
 
 
@@ -253,7 +279,8 @@ def report_compiled(model: CompiledModel, contexts: Sequence[int]) -> list[Path]
     if not files:
         return []
     warnings = "".join(f"warning: {warning}\n" for warning in model.warnings)
-    text = f"{model.spec.source}\n\n{plan_text(model.plan, contexts)}\n{warnings}\n{verified_text(model)}"
+    plan = f"{plan_text(model.plan, contexts)}\n{relay_remark(model.plan, model.spec.target, model.kernels.serve)}"
+    text = f"{model.spec.source}\n\n{plan}\n{warnings}\n{verified_text(model)}"
     return write_report(files[0].parent, compiled_dict(model, contexts), text)
 
 

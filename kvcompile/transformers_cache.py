@@ -21,12 +21,10 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
-from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvcompile.ir.attend_op import ATTEND
 from kvcompile.ir.errors import Problem, SessionError, SpecError, UnsupportedGraphError
-from kvcompile.ir.plan import Plan
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.ir.spec import Spec, Target
 from kvcompile.ir.unit import Unit
@@ -36,6 +34,7 @@ from kvcompile.passes.build_zones import BuildZones
 from kvcompile.passes.huggingface import attention_as_nodes, foreign_mask, is_huggingface
 from kvcompile.passes.place import Place
 from kvcompile.passes.request_kernels import RequestKernels
+from kvcompile.rows_cache import RowsCache
 from kvcompile.runtime.cached import ATTEND_CACHED, CachedSequences
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.spec import load_spec
@@ -49,7 +48,7 @@ _PROBE_TOKENS = 2
 _PASSES = (AssignPolicies(), BuildZones(), Place(), RequestKernels())
 
 
-class Cache(transformers.Cache):  # type: ignore[misc]  # transformers is not followed
+class Cache(RowsCache):
     """Keys and values of a batch of sequences, each KV head's as the spec says.
 
     model: the Hugging Face model that will run with it; its attention implementation is set to "kvcompile_cache", with a warning.
@@ -62,10 +61,9 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers is not fo
     def __init__(self, model: Any, *, spec: str | Path | Mapping[str, Any] | Spec) -> None:
         checked = _read(spec)
         planned = _planned(model, checked)
-        self.plan: Plan = planned.plan
         self._sequences = CachedSequences(planned)
         self.state = self._sequences.state
-        super().__init__(layers=[_Layer(self._sequences) for _ in self.plan.sites])
+        super().__init__(self._sequences)
         for warning in planned.warnings:
             warnings.warn(warning, stacklevel=2)
         if isinstance(model, nn.Module):
@@ -96,91 +94,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers is not fo
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens that the sequences have read, padding included; while it is compiled, as a tensor."""
-        return self.state[1] if torch.compiler.is_compiling() else self._sequences.tokens
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[Any, int]:
-        """Keys that a full layer would have; no mask of that size is ever made."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is none."""
-        return -1
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last -tokens_to_remove tokens of every row (transformers counts them negatively).
-
-        Raises SessionError, and changes nothing, beyond what a ring still holds (`rollback: n` in a policy).
-        """
-        if tokens_to_remove > 0:
-            raise SessionError(
-                Problem("crop", f"{tokens_to_remove} is not negative.", "Give minus the number of tokens that are to be taken back.")
-            )
-        self._sequences.crop(-tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was; what is taken twice is forked and shares its past."""
-        self._sequences.select(beam_idx.tolist())
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows."""
-        self._sequences.select(indices.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, side by side."""
-        self._sequences.select([row for row in range(self._sequences.rows) for _ in range(repeats)])
-
-    def reset(self) -> None:
-        """Empty again, for a batch of any size."""
-        self._sequences.reset()
-
-    def nbytes(self) -> int:
-        """Bytes of keys and values held."""
-        return self._sequences.nbytes()
-
-    @property
-    def batch_size(self) -> int:
-        """Rows; -1 before the first call."""
-        return self._sequences.rows or -1
-
-    @property
-    def is_initialized(self) -> bool:
-        return self._sequences.rows > 0
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether crop always works: no ring without `rollback`, and nothing that lets go of a prompt."""
-        policies = [group.policy for site in self.plan.sites for group in site.groups]
-        return all(
-            policy.window is None or policy.looked_up is not None or (policy.found is None and policy.rollback_tokens > 0)
-            for policy in policies
-        )
-
-
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
-    """What transformers asks of one layer; the sequences belong to the cache."""
-
-    is_compileable = False  # of transformers' own compiling, which wants a mask of the cache's size
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, sequences: CachedSequences) -> None:
-        super().__init__()
-        self._sequences = sequences
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Stores are made by the first call."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-        raise SessionError(Problem(_WHERE, "a layer was updated by itself.", "Call update of the cache."))
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._sequences.tokens + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self._sequences.tokens
-
-    def get_max_length(self) -> int:
-        return -1
+        return self.state[1] if torch.compiler.is_compiling() else super().get_seq_length()
 
 
 def _attention(
@@ -404,7 +318,8 @@ def _planned(model: Any, spec: Spec) -> CompiledModel:
     assert unit.plan is not None
     eager = replace(spec, target=replace(spec.target, segments="eager"))  # there are no segments: nothing is to be said of them
     linked = link(module, (unit.plan,), eager, lambda name, line: contextlib.nullcontext())
-    return CompiledModel(linked.program, unit.plan, spec, config.vocab_size, linked.kernels, warnings=(*unit.warnings, *linked.warnings))
+    plan = replace(unit.plan, relay="off")  # of which a spec for a cache says nothing
+    return CompiledModel(linked.program, plan, spec, config.vocab_size, linked.kernels, warnings=(*unit.warnings, *linked.warnings))
 
 
 __all__ = ["NAME", "Cache", "attention_sites"]

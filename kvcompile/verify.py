@@ -201,7 +201,7 @@ def _kl_limit(model: nn.Module, ids: Tensor, dtype: str, frequency_tokens: int |
 
 def _prefill_and_steps(compiled: CompiledModel, ids: Tensor) -> Tensor:
     """Logits of all tokens: two long chunks, short ones (other kernels run them), one token at a time, at last beside another session."""
-    session, other = compiled.session(), compiled.session()
+    session, other = compiled.session(prefix=None), compiled.session(prefix=None)
     other.prefill(ids[:1])
     body = max(1, len(ids) - STEP_TOKENS)
     chunks = [*ids[:body].split(-(-body // 2)), *ids[body:].split(SHORT_CHUNKS if len(ids) - body == sum(SHORT_CHUNKS) else 1)]
@@ -232,10 +232,10 @@ def _approximation(compiled: CompiledModel, full: CompiledModel, tokens: int, ro
         return None
     ids = text_ids(length, compiled.vocabulary, compiled.tokenizer)
     if not finds:
-        session = compiled.session()
+        session = compiled.session(prefix=None)
         read = torch.cat([session.prefill(part, logits="all") for part in ids.split(KIVI_CHUNK_TOKENS if residual else length)])
-        return Comparison.of(full.session().prefill(ids, logits="all")[-tokens:], read[-tokens:])
-    session = compiled.session()
+        return Comparison.of(full.session(prefix=None).prefill(ids, logits="all")[-tokens:], read[-tokens:])
+    session = compiled.session(prefix=None)
     session.prefill(ids[:-tokens])
     stepped = torch.stack([session.step(int(each)) for each in ids[-tokens:]])
-    return Comparison.of(full.session().prefill(ids, logits="all")[-tokens:], stepped)
+    return Comparison.of(full.session(prefix=None).prefill(ids, logits="all")[-tokens:], stepped)

@@ -45,7 +45,9 @@ class BuildZones:
             seen[id(tensor)] = tensor.numel() * tensor.element_size()
         rollback_tokens = max((policy.rollback_tokens for policies in unit.policies for policy in policies), default=0)
         convolutions = tuple(ConvolutionPlan(site, rollback_tokens) for site in unit.convolutions)
-        return replace(unit, plan=Plan(sites, sum(seen.values()), unit.context_tokens, unit.position_rows, tuple(notes), convolutions))
+        relay = unit.spec.prefix.relay
+        plan = Plan(sites, sum(seen.values()), unit.context_tokens, unit.position_rows, tuple(notes), convolutions, relay, unit.prefixes)
+        return replace(unit, plan=plan)
 
     def ensures(self, unit: Unit) -> None:
         assert unit.plan is not None and len(unit.plan.sites) == len(unit.sites)

@@ -45,6 +45,7 @@ class Place:
             for site in plan.sites
         )
         placed = replace(plan, sites=sites)
+        self._check_prefixes(unit, placed)
         self._check_memory(unit, placed, capacity)
         return replace(unit, plan=placed)
 
@@ -60,18 +61,36 @@ class Place:
         if problems:
             raise SpecError(*problems.values())
 
+    def _check_prefixes(self, unit: Unit, plan: Plan) -> None:
+        """A prefix leaves room for a token behind it."""
+        where = {each.name: each.where for each in unit.spec.prefix.shared}
+        problems = [
+            Problem(
+                where[each.name],
+                f"the prefix {each.name} ends after {each.tokens} tokens, and the model has learnt positions for {plan.position_rows}.",
+                "Shorten it.",
+            )
+            for each in plan.prefixes
+            if plan.position_rows is not None and each.tokens >= plan.position_rows
+        ]
+        if problems:
+            raise SpecError(*problems)
+
     def _check_memory(self, unit: Unit, plan: Plan, capacity: int) -> None:
         limit = unit.spec.target.memory_bytes
         if limit is None:
             return
         stored = _with_whole_prompts(plan).stored_bytes(capacity) + plan.staging_bytes
-        needed = plan.weight_bytes + stored
+        held = sum(map(plan.prefix_bytes, plan.prefixes))
+        behind = next((each for each in plan.prefixes if each.default or len(plan.prefixes) == 1), None)
+        shared = 0 if behind is None else plan.lent_bytes(min(behind.tokens, capacity))  # the session reads it where it lies
+        needed = plan.weight_bytes + stored + held - shared
         if needed > limit:
             raise CapacityError(
                 Problem(
                     unit.spec.where("target.memory"),
                     f"the plan needs {needed / _MIB:,.0f} MiB ({plan.weight_bytes / _MIB:,.0f} MiB of weights, {stored / _MIB:,.0f} MiB "
-                    f"for one session of {capacity} tokens), more than the declared {limit / _MIB:,.0f} MiB.",
+                    f"for one session of {capacity} tokens{_of_prefixes(held - shared)}), more than the declared {limit / _MIB:,.0f} MiB.",
                     "Declare more memory, give more heads a streaming policy, or choose a smaller dtype.",
                 )
             )
@@ -80,6 +99,10 @@ class Place:
         assert unit.plan is not None
         groups = [group for site in unit.plan.sites for group in site.groups]
         assert all(group.device == (group.policy.device or unit.spec.target.device) for group in groups)
+
+
+def _of_prefixes(held: int) -> str:
+    return f", {held / _MIB:,.0f} MiB for prefixes that it does not stand behind" if held else ""
 
 
 def _grows(policy: HeadPolicy) -> bool:

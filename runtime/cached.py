@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kvcompile.ir.errors import Problem, SessionError
 from kvcompile.runtime.model import CompiledModel, PackedCall
+from kvcompile.runtime.rows import SessionRows
 from kvcompile.runtime.session import Session
 
 _UNKNOWN_TOKEN = -1  # the ids are the caller's
@@ -32,35 +33,18 @@ _numbers = itertools.count()
 _living: weakref.WeakValueDictionary[int, CachedSequences] = weakref.WeakValueDictionary()
 
 
-class CachedSequences:
+class CachedSequences(SessionRows):
     """A batch of sequences: a session a row, made by the first call.
 
     model: plan and kernels; its program is never run.  state: what the operator takes.
     """
 
     def __init__(self, model: CompiledModel) -> None:
-        self.model = model
+        super().__init__(model)
         number = next(_numbers)
         self.state = torch.tensor([number, 0])
-        self._tokens = 0
-        self._sessions: list[Session] = []
-        self._real_BT: Tensor | None = None  # which tokens are none of padding; None: all
         self._call: _Call | None = None
         _living[number] = self
-
-    @property
-    def rows(self) -> int:
-        """Sequences; 0 before the first call."""
-        return len(self._sessions)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that every row has read, padding included."""
-        return self._tokens
-
-    def nbytes(self) -> int:
-        """Bytes of keys and values held."""
-        return sum(session.nbytes() for session in self._sessions)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sinks: Tensor | None, state: Tensor, layer: int
@@ -102,7 +86,7 @@ class CachedSequences:
     def _begin(self, rows: int, new: int, padding: Tensor | None) -> None:
         self._take_back()
         if not self._sessions:
-            self._sessions = [self.model.session() for _ in range(rows)]
+            self._sessions = [self.model.session(prefix=None) for _ in range(rows)]
         if rows != self.rows:
             raise SessionError(
                 Problem("kvcompile.Cache", f"{rows} rows for a cache of {self.rows}.", "Give it the batch that it began with, or reset it.")
@@ -121,11 +105,7 @@ class CachedSequences:
         for session, length in zip(self._sessions, call.lengths, strict=True):
             session.settle()
             session.tokens.extend([_UNKNOWN_TOKEN] * length)
-        if self._real_BT is not None or call.real_BS is not None:
-            before_BT = torch.ones(self.rows, self.tokens, dtype=torch.bool) if self._real_BT is None else self._real_BT
-            new_BS = torch.ones(self.rows, call.new, dtype=torch.bool) if call.real_BS is None else call.real_BS
-            self._real_BT = torch.cat([before_BT, new_BS], 1)
-        self._tokens += call.new
+        self.note(call.real_BS, call.new)
         state[1] = self._tokens
         self._call = None
 
@@ -137,38 +117,17 @@ class CachedSequences:
                 session.restore_after_failure(len(session), session.convolutions, RuntimeError("the model stopped between two layers"))
 
     def crop(self, tokens: int) -> None:
-        """Takes back the last `tokens` tokens of every row.  Raises SessionError, and changes nothing, where a ring cannot follow."""
         self._take_back()
-        if not 0 <= tokens <= self.tokens:
-            raise SessionError(Problem("crop", f"cannot take back {tokens} of {self.tokens} tokens.", f"Give 0 to {self.tokens}."))
-        keep = self.tokens - tokens
-        counts = [tokens] * self.rows if self._real_BT is None else self._real_BT[:, keep:].sum(1).tolist()
-        spare = [session.fork() for session in self._sessions[:-1]]  # the last one changes nothing when it refuses
-        try:
-            for session, count in zip(self._sessions, counts, strict=True):
-                session.rollback(count)
-        except SessionError:
-            self._sessions[: len(spare)] = spare
-            raise
-        self._real_BT = None if self._real_BT is None else self._real_BT[:, :keep]
-        self._tokens = keep
-        self.state[1] = keep
+        super().crop(tokens)
+        self.state[1] = self.tokens
 
     def select(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row rows[i] was: a fork where one is taken twice."""
         self._take_back()
-        taken: set[int] = set()
-        chosen = []
-        for row in rows:
-            chosen.append(self._sessions[row].fork() if row in taken else self._sessions[row])
-            taken.add(row)
-        self._sessions = chosen
-        self._real_BT = None if self._real_BT is None else self._real_BT[list(rows)]
+        super().select(rows)
 
     def reset(self) -> None:
-        """Empty, for a batch of any size."""
-        self._sessions, self._real_BT, self._call = [], None, None
-        self._tokens = 0
+        self._call = None
+        super().reset()
         self.state[1] = 0
 
 

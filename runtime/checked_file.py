@@ -118,21 +118,53 @@ class CheckedWriter:
         os.fsync(self._file.fileno())
 
 
+def check_target(path: str | Path, kind: FileKind) -> Path:
+    """Where a file of this name will stand.
+
+    Raises SessionError, and writes nothing, for a name that no file can be written to: a folder, a device or pipe (which a rename would put
+    a file in place of), a name that is empty or too long, one in a folder that is not there or read-only.
+    """
+    mend = f"Name the file that the {kind.noun} is to be written to."
+    if not str(path):
+        raise SessionError(Problem("''", "is no name of a file.", mend))
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.stat().st_mode if target.exists() else stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise SessionError(Problem(str(path), "is a folder.", mend))
+        if not stat.S_ISREG(mode):
+            raise SessionError(Problem(str(path), "is no file but a device, a pipe or a socket.", mend))
+        if not stat.S_ISDIR(target.parent.stat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if len(os.fsencode(target.name)) > os.pathconf(target.parent, "PC_NAME_MAX") - len(_prefix(Path())) - _RANDOM - len(_SUFFIX):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            read_only = os.statvfs(target.parent).f_flag & os.ST_RDONLY
+            raise OSError(errno.EROFS if read_only else errno.EACCES, os.strerror(errno.EROFS if read_only else errno.EACCES))
+    except OSError as error:
+        raise _no_place(path, error) from error
+    return target
+
+
+def _no_place(path: str | Path, error: OSError) -> SessionError:
+    mend = "Make the folder, or name a file in a folder that you may write to."
+    if error.errno == errno.ENAMETOOLONG:
+        mend = "Give it a shorter name."
+    return SessionError(Problem(str(path), f"cannot be written: {error.strerror}.", mend))
+
+
 @contextlib.contextmanager
 def writing(path: str | Path, kind: FileKind) -> Iterator[CheckedWriter]:
     """A file to write to, which has the name `path` when the block ends and not before.
 
     Raises SessionError where the system refuses; then, and after any exception, what stood at `path` is as it was.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise SessionError(Problem(str(path), "is a folder.", f"Name the file that the {kind.noun} is to be written to."))
+    target = check_target(path, kind)
     try:
         _remove_stale(target)
         descriptor, aside = _made_beside(target)
     except OSError as error:
-        mend = "Make the folder, or name a file in a folder that you may write to."
-        raise SessionError(Problem(str(path), f"cannot be written: {error.strerror}.", mend)) from error
+        raise _no_place(path, error) from error
     renamed = False
     try:
         with open(descriptor, "wb", buffering=0) as file:  # no buffer, so that nothing is left to be written when it is closed
@@ -364,6 +396,7 @@ def _remove_stale(target: Path) -> None:
 
 
 _SUFFIX = ".unfinished"
+_RANDOM = 8  # characters that tempfile puts between
 
 
 def _prefix(target: Path) -> str:

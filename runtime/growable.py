@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -253,8 +254,8 @@ class _Buffer:
             region, (keys, values) = None, memory
         self._region = region  # None of a file's
         key_bytes, value_bytes = keys.nbytes // kv_heads, values.nbytes // kv_heads
-        self._heads = [*keys.view(kv_heads, -1).unbind(), *values.view(kv_heads, -1).unbind()]  # bytes of each head's keys, then values
-        self._row_bytes = [key_row] * kv_heads + [value_row] * kv_heads
+        self._row_bytes = (key_row, value_row)
+        self._kv_heads = kv_heads
         self._key_tokens = key_capacity(layout, 1)
         self.first = first
         self.capacity = capacity
@@ -262,11 +263,23 @@ class _Buffer:
         self.values = value_slots(layout, values.view(dtype).view(kv_heads, -1), value_dim, capacity)
         self.addresses = (keys.data_ptr(), values.data_ptr(), key_bytes, value_bytes)
         self.written = 0  # slots below it may hold memory
-        self.leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
+        self.leases: weakref.WeakSet[_Lease] | None = None  # made by the first fork: a kilobyte, and most tails are never forked
+
+    def _heads(self) -> Iterator[tuple[Tensor, int]]:
+        """The bytes of each head's keys, then of its values, and how many of them a token takes.
+
+        Made when asked for: kept, they would be a third of what a fork's tail takes beside its keys and values.
+        """
+        assert self._region is not None
+        head_bytes = self.addresses[2:]
+        sizes = [self._kv_heads * nbytes for nbytes in head_bytes]
+        for memory, row_bytes in zip(self._region.split_with_sizes(sizes), self._row_bytes, strict=True):
+            for head in memory.view(self._kv_heads, -1):
+                yield head, row_bytes
 
     def frozen(self) -> int:
         """Slots that a living fork reads."""
-        return max((lease.tokens for lease in self.leases), default=0)
+        return max((lease.tokens for lease in self.leases or ()), default=0)
 
     def collapse(self) -> None:
         """Puts what is written into huge pages, where it fills them."""
@@ -275,7 +288,7 @@ class _Buffer:
         if self.written == self.capacity:
             collapse(self._region)
             return
-        for head, row_bytes in zip(self._heads, self._row_bytes, strict=True):
+        for head, row_bytes in self._heads():
             collapse(head[: self.written * row_bytes])
 
     def release_from(self, slot: int) -> None:
@@ -283,7 +296,7 @@ class _Buffer:
         if slot >= self.written:
             return
         whole = -(-slot // self._key_tokens) * self._key_tokens  # a block of keys is kept as long as one of its slots is
-        for head, row_bytes in zip(self._heads, self._row_bytes, strict=True):
+        for head, row_bytes in self._heads():
             start, end = _whole(whole * row_bytes), min(head.nbytes, _whole((self.written + self._key_tokens) * row_bytes))
             if start < end:
                 release_tail(head[start:end])
@@ -352,6 +365,8 @@ class _Part:
 
     def buffer_lease(self, tokens: int) -> _Lease:
         lease = _Lease(tokens)
+        if self.buffer.leases is None:
+            self.buffer.leases = weakref.WeakSet()
         self.buffer.leases.add(lease)
         return lease
 

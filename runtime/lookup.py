@@ -4,20 +4,23 @@ whose keys an index finds: `top_k`, `clusters`, or `sample`, whose keys are draw
 Letters: H KV heads, G queries per KV head, S new tokens, T keys, K keys chosen, D head_dim, E value_dim.
 
 All keys and values are kept.  A prompt is read with all its past, and its queries are sampled; the first token that is generated makes the
-index of what lies between sinks and window, if that is long enough to be worth one (MIN_INDEXED_TOKENS).  Later tokens leave the window
-BLOCK_TOKENS at a time: until then they are attended to exactly, so a token is always in the window, in the index or waiting.  Sites take
-turns with that work, so that no single token pays for all layers.
+index of what lies between sinks and window, if that is long enough to be worth one (MIN_INDEXED_TOKENS); or `Session.make_indexes` does,
+before sessions are forked: those share it, and each adds its own tokens.  Later tokens leave the window BLOCK_TOKENS at a time: until then
+they are attended to exactly, so a token is always in the window, in the index or waiting.  Sites take turns with that work, so that no
+single token pays for all layers.
 
-What an index learns depends on the prompt's queries and on when the first token was generated, on nothing after it but recalibration:
-every RECALIBRATE_TOKENS tokens it is held against the last queries, and made anew where they have drifted away.  `rollback` takes back keys
-and values, and of the index what is gone; it does not take back what was learnt from queries.
+What an index learns depends on the queries that were asked before it was made, on nothing after it but two things.  Every
+RECALIBRATE_TOKENS tokens it is held against the last queries, and made anew where they have drifted away.  And it is made anew behind a
+further prompt when more has been read since than it was made from: keys that are added are known by what others taught, and a sketch looks
+at all of them.  `rollback` takes back keys and values, and of the index what is gone; it does not take back what was learnt from queries.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ from kvcompile.ir.indexes import BLOCK_TOKENS, MIN_INDEXED_TOKENS, training_quer
 from kvcompile.ir.policy import LookedUp, Sample, SinkRecent
 from kvcompile.runtime.attend import attend_spans
 from kvcompile.runtime.attend_held import attend_held
-from kvcompile.runtime.indexes.index import Found, KeyIndex, Prompt, SamplingIndex, Shaped
+from kvcompile.runtime.indexes.index import Borrowing, Found, KeyIndex, Prompt, SamplingIndex, Shaped
 from kvcompile.runtime.indexes.registry import index_kind
 from kvcompile.runtime.indexes.sketch import SketchIndex
 from kvcompile.runtime.merge import AttentionState, merge_all
@@ -39,6 +42,24 @@ from kvcompile.runtime.store import Paged, RowStore, Settling, StoreState, saved
 RECALIBRATE_TOKENS = 1024
 HUGE_TOKENS = 16384  # from so many on rows are moved to huge pages: 2.6 ms a MiB once, and a step reads its rows a third quicker
 LATE_TOKENS = 2 * BLOCK_TOKENS  # so many wait only behind a further prompt: then they do not wait for the site's turn
+
+
+class Growth(NamedTuple):
+    """When there were `tokens` tokens an index came to cover all before `end`; then BLOCK_TOKENS more every BLOCK_TOKENS tokens, at `until`
+    for the last time."""
+
+    tokens: int
+    end: int
+    until: int
+
+    def cut(self, tokens: int) -> Growth:
+        """As it was when there were so many tokens, or at its beginning if that was later."""
+        passed = max(0, min(tokens, self.until) - self.tokens)
+        return self._replace(until=self.tokens + passed // BLOCK_TOKENS * BLOCK_TOKENS)
+
+    @property
+    def last_end(self) -> int:
+        return self.end + self.until - self.tokens
 
 
 class LookupStore:
@@ -70,7 +91,8 @@ class LookupStore:
         self.index: KeyIndex | None = None
         training = training_queries(zone.index, dict(zone.options))
         self.sample = QuerySample(rows.kv_heads, rows.head_dim, max(1, training // queries_per_kv) if training else 0)
-        self._checked_at = self._made_end = 0  # tokens when the index was made or held against queries; what it covered when it was made
+        self._checked_at = 0  # tokens when the index was made or held against queries
+        self._growths: list[Growth] = []  # of the index, in order; the first tells what it was made from
         self._words: tuple[SketchIndex, object, object, Tensor] | None = None  # of which index, parts and gaps
 
     @property
@@ -99,19 +121,43 @@ class LookupStore:
 
     def refresh(self) -> KeyIndex | None:
         """The index for the last token's query, made or extended if it is its time; None where everything is attended to."""
-        first, tokens, index = self.window.sink_tokens, self.tokens, self.index
+        tokens, index = self.tokens, self.index
         end = self._covered(tokens)
         if index is None:
-            if end - first < MIN_INDEXED_TOKENS:
+            if end - self.window.sink_tokens < MIN_INDEXED_TOKENS:
                 return None
-            self.index = index = self._built(first, end)
-        elif (tokens + self.turn) % BLOCK_TOKENS == 0 or end - index.end > LATE_TOKENS:
-            if tokens - self._checked_at >= RECALIBRATE_TOKENS and not self._still_fits(index):
-                self.index = index = self._built(first, end)
-            elif end > index.end:
-                keys, values = _joined(self.rows.spans_between(index.end, end))
-                index.add(keys, values)
+            index = self._build(end)
+        elif (late := end - index.end > LATE_TOKENS) or (tokens + self.turn) % BLOCK_TOKENS == 0:
+            index = self._extend(index, end, late)
         return None if self.zone.tokens(tokens) >= index.end - index.first else index
+
+    def make_index(self) -> bool:
+        """Makes the index of what was read, or extends it, before a token is generated.  False where there is nothing to do: too little
+        lies between sinks and window, or fewer than BLOCK_TOKENS tokens have left the window since."""
+        index, end = self.index, self._covered(self.tokens)
+        if index is None:
+            if end - self.window.sink_tokens < MIN_INDEXED_TOKENS:
+                return False
+            self._build(end)
+        elif end > index.end:
+            self._extend(index, end, late=end - index.end > LATE_TOKENS)
+        else:
+            return False
+        return True
+
+    def _extend(self, index: KeyIndex, end: int, late: bool) -> KeyIndex:
+        """late: a prompt was read since it was extended last."""
+        outgrown = late and end - index.first > 2 * (self._growths[0].end - index.first)
+        if outgrown or (self.tokens - self._checked_at >= RECALIBRATE_TOKENS and not self._still_fits(index)):
+            return self._build(end)
+        if end > index.end:
+            index.add(*_joined(self.rows.spans_between(index.end, end)))
+            last = self._growths[-1]
+            if self.tokens == last.until + BLOCK_TOKENS and end == last.last_end + BLOCK_TOKENS:
+                self._growths[-1] = last._replace(until=self.tokens)
+            else:
+                self._growths.append(Growth(self.tokens, end, self.tokens))
+        return index
 
     def native_words(self, index: KeyIndex | None) -> int:
         """Address of what tells the C++ kernel where the index lies, good until the index changes; 0 of none."""
@@ -129,13 +175,14 @@ class LookupStore:
         self._checked_at = self.tokens
         return fits
 
-    def _built(self, first: int, end: int) -> KeyIndex:
+    def _build(self, end: int) -> KeyIndex:
+        first = self.window.sink_tokens
         keys, values = _joined(self.rows.spans_between(first, end))
         sample, k = self.sample, self.zone.tokens(self.tokens)
         training = sample.training() if sample.training_positions else None
         prompt = Prompt(keys, values, sample.gram_HDD, sample.queries, sample.recent(), self.queries_per_kv, k, self.soft_cap, training)
-        self._checked_at, self._made_end = self.tokens, end
         index = index_kind(self.zone.index).build(first, prompt, dict(self.zone.options))
+        self.index, self._checked_at, self._growths = index, self.tokens, [Growth(self.tokens, end, self.tokens)]
         for note in index.notes:
             warnings.warn(f"{self.zone.index}: {note}", stacklevel=2)
         if self.tokens >= HUGE_TOKENS and isinstance(self.rows, Paged):
@@ -156,12 +203,13 @@ class LookupStore:
         index = self.index
         if index is None:
             return
-        last_turn = self.tokens - (self.tokens + self.turn) % BLOCK_TOKENS
-        index.rollback(max(self._made_end, self._covered(last_turn)))  # what it covered when the session was so long
-        if index.end > self.tokens + 1 - self.window.recent_tokens:
-            self.index = None
-        elif isinstance(self.zone, Sample) and isinstance(self.rows, Settling) and index.end > self._covered(self.tokens):
-            self.index = None  # keys that are exact again will be quantised among others, and then lie at other angles
+        made, *later = self._growths
+        self._growths = [growth.cut(self.tokens) for growth in (made, *later) if growth is made or growth.tokens <= self.tokens]
+        index.rollback(self._growths[-1].last_end)  # what it covered when the session was so long
+        # keys of a sample that are exact again will be quantised among others, and then lie at other angles
+        quantised = isinstance(self.zone, Sample) and isinstance(self.rows, Settling)
+        if index.end > (self._covered(self.tokens) if quantised else self.tokens + 1 - self.window.recent_tokens):
+            self.index, self._growths = None, []
 
     def _covered(self, tokens: int) -> int:
         """The end of what leaves the window when so many tokens are read."""
@@ -175,7 +223,7 @@ class LookupStore:
         )
         child.index = None if self.index is None else self.index.fork()
         child.sample = self.sample.copy()
-        child._checked_at, child._made_end = self._checked_at, self._made_end
+        child._checked_at, child._growths = self._checked_at, list(self._growths)
         return child
 
     def state(self) -> StoreState:
@@ -184,18 +232,21 @@ class LookupStore:
         if self.index is not None:
             tensors, numbers = self.index.state()
             inner["index"] = StoreState(self.zone.index, numbers, tensors)
-        return StoreState("lookup", {"checked_at": self._checked_at, "made_end": self._made_end}, {}, inner)
+        return StoreState("lookup", {"checked_at": self._checked_at, "growths": [list(each) for each in self._growths]}, {}, inner)
 
     def restore(self, state: StoreState) -> None:
         """As SavedStore; the index is copied."""
-        checked_at, made_end = state.of_kind("lookup").whole("checked_at"), state.whole("made_end")
+        checked_at, growths = state.of_kind("lookup").whole("checked_at"), _growths(state.numbers["growths"])
         saved(self.rows).restore(state.inner["rows"])
         self.sample.restore(state.inner["sample"])
         if "index" in state.inner:
             found = state.inner["index"].of_kind(self.zone.index)
             self.index = index_kind(found.kind).restore({name: tensor.clone() for name, tensor in found.tensors.items()}, found.numbers)
             self._check_index(self.index)
-        self._checked_at, self._made_end = min(checked_at, self.tokens), made_end
+            if not growths or growths[-1].last_end != self.index.end:
+                raise ValueError(f"growths is {state.numbers['growths']!r} of an index that ends at {self.index.end}")
+            self._growths = growths
+        self._checked_at = min(checked_at, self.tokens)
 
     def _check_index(self, index: KeyIndex) -> None:
         """Raises ValueError where an index that was read covers other tokens, or keys of another shape."""
@@ -209,10 +260,15 @@ class LookupStore:
 
     def nbytes(self) -> int:
         """Keys, values, index, and the sample of queries."""
-        return self.rows.nbytes() + (0 if self.index is None else self.index.nbytes()) + self.sample.nbytes()
+        index = 0 if self.index is None else self.index.nbytes() - self._borrowed_nbytes()
+        return self.rows.nbytes() + index + self.sample.nbytes()
 
     def shared_nbytes(self) -> int:
-        return self.rows.shared_nbytes()
+        """Of keys and values, and of the index."""
+        return self.rows.shared_nbytes() + self._borrowed_nbytes()
+
+    def _borrowed_nbytes(self) -> int:
+        return self.index.borrowed_nbytes() if isinstance(self.index, Borrowing) else 0
 
 
 def attend_prompt(store: LookupStore, query_HGSD: Tensor, first_query: int) -> AttentionState:
@@ -287,6 +343,24 @@ def attend_chosen(
 
 def _with_token(state: AttentionState) -> AttentionState:
     return AttentionState(state.out.unsqueeze(2), state.lse.unsqueeze(2))
+
+
+def _growths(written: object) -> list[Growth]:
+    """As a state has them.  Raises ValueError for what it never has."""
+    if not isinstance(written, list):
+        raise ValueError(f"growths is {written!r}")
+    for each in written:
+        if not (isinstance(each, list) and len(each) == 3 and all(type(number) is int and number >= 0 for number in each)):
+            raise ValueError(f"growths is {written!r}")
+    growths = [Growth(*each) for each in written]
+    whole = all(each.until >= each.tokens and (each.until - each.tokens) % BLOCK_TOKENS == 0 for each in growths)
+    follow = all(
+        one.until <= next.tokens and one.last_end < next.end and (next.end - one.last_end) % BLOCK_TOKENS == 0
+        for one, next in itertools.pairwise(growths)
+    )
+    if not (whole and follow):
+        raise ValueError(f"growths is {written!r}")
+    return growths
 
 
 def _joined(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from types import EllipsisType
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -23,15 +24,26 @@ from kvcompile.runtime.attend_chosen import attend_chosen
 from kvcompile.runtime.attend_held import attend_held
 from kvcompile.runtime.convolution_state import ConvolutionState, convolve_packed
 from kvcompile.runtime.disk import DiskStore, LostTokens
-from kvcompile.runtime.generation import Generation, complete, generate
+from kvcompile.runtime.generation import Generation, Prompt, Prompts, complete, generate
 from kvcompile.runtime.growable import GrowableStore
 from kvcompile.runtime.kivi import KiviStore
 from kvcompile.runtime.layout import KeyLayout
 from kvcompile.runtime.lookup import LookupStore, attend_lookup, attend_prompt
 from kvcompile.runtime.merge import AttentionState, apply_learnt_sinks
-from kvcompile.runtime.native import NO_KERNELS, NativeKernels, NativeSite, NativeTable, attend_native, attend_parts, native_sites
+from kvcompile.runtime.native import (
+    NO_KERNELS,
+    NO_RELAY,
+    NativeKernels,
+    NativeSite,
+    NativeTable,
+    attend_native,
+    attend_parts,
+    native_sites,
+)
 from kvcompile.runtime.native_lookup import lookup_native, lookup_row
+from kvcompile.runtime.prefix import OnChunk, ReadPrefixes, choose_prefix
 from kvcompile.runtime.program import Program
+from kvcompile.runtime.relay import Relay, relay_of
 from kvcompile.runtime.ring import RingStore
 from kvcompile.runtime.session import Session, Tokens, as_token_ids
 from kvcompile.runtime.session_file import read_session
@@ -49,6 +61,8 @@ class CompiledModel:
     hash:         of the model's files, or of a module's weights: what a saved session belongs to.
     verification: what the compile proved (kvcompile/verify.py); None while it is being proved.
     timings:      seconds of each stage of the compile.
+    transformers_face: what `as_transformers` calls.
+    prefixes:     what has been read of the spec's prefixes, which sessions fork.
     """
 
     program: Program
@@ -64,6 +78,8 @@ class CompiledModel:
     timings: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     explanation: Callable[[CompiledModel], str] | None = None
+    transformers_face: Callable[[CompiledModel], Any] | None = None
+    prefixes: ReadPrefixes = field(init=False, repr=False, compare=False, default_factory=ReadPrefixes)
 
     @property
     def chunk_tokens(self) -> int:
@@ -83,8 +99,17 @@ class CompiledModel:
             warnings += (f"{groups_without} have no kernel that was built with this model: they run in torch, slower.",)
         return replace(self, plan=plan, verification=None, warnings=warnings)
 
-    def session(self) -> Session:
-        """An empty session."""
+    def session(self, *, prefix: str | EllipsisType | None = ..., on_chunk: OnChunk | None = None) -> Session:
+        """A session that starts behind a prefix of the spec: the one of this name; with None an empty session.
+
+        Left out: the only prefix that the spec declares, or the one marked `default: true`; an empty session where it declares none.
+        The first session of a prefix reads it, and calls on_chunk(read, total) after each chunk; every other one finds it read.  What a
+        prefix has read lies in memory once (`shared_nbytes` of each session); rings are copied.
+        Raises SessionError for a name that is not declared, and for none where there are several and no default.
+        """
+        chosen = choose_prefix(self.plan.prefixes, prefix)
+        if chosen is not None:
+            return self.prefixes.fork(self, chosen, on_chunk)
         return Session(self, self.empty_stores(), tuple(map(ConvolutionState.empty, self.plan.convolutions)), [])
 
     def empty_stores(self) -> list[list[KVStore]]:
@@ -108,6 +133,17 @@ class CompiledModel:
     def native_sites(self) -> list[NativeSite]:
         """Of each site, which part the C++ kernels serve."""
         return native_sites(self.plan, self.kernels)
+
+    @functools.cached_property
+    def relay(self) -> Relay:
+        """When sessions see what they share together, and how often they did; decided when several step at once for the first time."""
+
+        def make(site: SitePlan, group: HeadGroup, capacity: int) -> GrowableStore:
+            store = make_store(site, replace(group, capacity_tokens=capacity), self.kernels.reads(group))
+            assert isinstance(store, GrowableStore)
+            return store
+
+        return relay_of(self.plan, self.kernels, make, self.spec.target.deterministic)
 
     @torch.no_grad()
     def forward(self, batch: Sequence[tuple[Session, Tensor]], *, logits_of: str = "last", prompt: bool = False) -> Tensor:
@@ -169,20 +205,49 @@ class CompiledModel:
             raise SessionError(Problem("step", f"{len(ids)} tokens for {len(sessions)} sessions.", "Give one token for each session."))
         return self.forward([(session, ids[place : place + 1]) for place, session in enumerate(sessions)])
 
-    def complete(self, prompt: str | Tokens, **options: Any) -> Generation:
-        """Continue a prompt, as `generate` does; returns the text with what it cost."""
+    @overload
+    def complete(self, prompt: Prompt, **options: Any) -> Generation: ...
+
+    @overload
+    def complete(self, prompt: Prompts, **options: Any) -> list[Generation]: ...
+
+    def complete(self, prompt: Prompt | Prompts, **options: Any) -> Generation | list[Generation]:
+        """Continue a prompt or a list of them, as `generate` does; returns the text with what it cost."""
         return complete(self, prompt, **options)
 
-    def generate(self, prompt: str | Tokens, **options: Any) -> str:
-        """The text that continues `prompt` (a string, or token ids).
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: Prompts, **options: Any) -> list[str]: ...
+
+    def generate(self, prompt: Prompt | Prompts, **options: Any) -> str | list[str]:
+        """The text that continues `prompt` (a string, or token ids), or the texts that continue a list of prompts.
 
         max_new_tokens=64; temperature=0.0 is greedy; seed (default: the spec's); stop: strings that end the text;
         chat=True wraps the prompt in the model's chat template; on_text is called with each piece of text as it comes,
         on_chunk(read, total) after each chunk of the prompt; session continues an existing session, which has then read
-        the whole answer.  The model's stop tokens end the text and are not part of it.
+        the whole answer; prefix names what a new one starts behind, as `session` has it.  The model's stop tokens end the text
+        and are not part of it.
+
+        Prompts of a list may differ in length; their answers get a token each in every pass.  Each prompt draws from a generator of
+        its own with the same seed, so that its answer is the one that it gets alone: to the bit under target.deterministic, else as far
+        as logits that agree to rounding (1e-5 in float32) choose the same token.  session is then a list with one for each, seed may
+        be; on_text and on_chunk get the prompt's number first.
         Raises SessionError without a tokenizer; `complete` gives tokens.
         """
         return generate(self, prompt, **options)
+
+    def as_transformers(self) -> Any:
+        """This model as transformers sees one (kvcompile/transformers_model.py): generate() with beams, sampling, assisted decoding in
+        both roles and streamers; pipelines; lm-eval's HFLM.  Holds no weights of its own and no sequence's state.
+
+        Raises SessionError for a model that `kvcompile.compile` did not make.
+        """
+        if self.transformers_face is None:
+            what = "nothing is known of the model that this one was compiled from."
+            raise SessionError(Problem("as_transformers", what, "Make it with kvcompile.compile."))
+        return self.transformers_face(self)
 
     def explain(self) -> str:
         """The plan, what was proved, and where the time went, as text."""
@@ -212,6 +277,8 @@ class PackedCall:
         cls, model: CompiledModel, sessions: list[Session], before: list[int], lengths: list[int], only_last: bool, prompt: bool = False
     ) -> PackedCall:
         """Counts the new tokens in every store that a C++ kernel writes.  Raises CapacityError; then some have counted them."""
+        if len(sessions) > 1 and max(lengths) == 1:
+            _ = model.relay  # decided before any store has changed
         for session, length in zip(sessions, lengths, strict=True):
             session.native.count_growing(length)  # all of them before any ring: what is refused must break none
         start = 0
@@ -243,7 +310,15 @@ class PackedCall:
         if native.reads_prompts and (self.prompt or max(self.lengths) > 1) and len(prompts := self._prompts(site, query, last_only)):
             tables.append(prompts)
         if tables:
-            attend_native(query, key, value, learnt, tables, native.kv_heads, out, sink_query=sink_query, slopes=native.slopes)
+            relay = self.model.relay if len(self.sessions) > 1 and max(self.lengths) == 1 else None
+            shared = attend_native(
+                *(query, key, value, learnt, tables, native.kv_heads, out),
+                sink_query=sink_query,
+                slopes=native.slopes,
+                relay=relay.rule if relay else NO_RELAY,
+            )
+            if relay:
+                relay.count(sum(map(len, tables)), shared)
         if native.looks_up and len(lookups := self._lookups(site, query, last_only)):
             lookup_native(query, key, value, learnt, [lookups], native.kv_heads, out)
         if native.stages:

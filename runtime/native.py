@@ -176,6 +176,17 @@ class NativeTable:
         final[:, Column.OUT_ROW] = row
 
 
+class RelayRule(NamedTuple):
+    """When sessions with one new token each attend to what they share together: at least so many sessions, over so many tokens that lie
+    in the same memory.  sessions 0: never.  Of the shared tokens whole chunks of 256 are taken."""
+
+    sessions: int
+    tokens: int
+
+
+NO_RELAY = RelayRule(0, 0)
+
+
 class NativeSite(NamedTuple):
     """kv_heads: those of a site in the order of its groups, int64.
 
@@ -219,14 +230,18 @@ def attend_native(
     *,
     sink_query: Tensor | None = None,
     slopes: Tensor | None = None,
-) -> None:
+    relay: RelayRule = NO_RELAY,
+) -> int:
     """Appends and attends for every row of `tables` (one [R, columns] a session), into `out` [1, rows, query_heads, value_dim].
 
     query [1, query_heads, tokens, head_dim]; key, value [1, kv_heads, tokens, ...]; kv_heads, slopes: NativeSite's.
     sink_query: like query; what kernels with `cache_index` show to the sinks.
+    Returns how many rows of the tables saw a part of their past together with others (runtime/relay.py).
     """
     table = tables[0] if len(tables) == 1 else torch.cat(list(tables))
-    torch.ops.kvc_native.attend.default(query, key, value, learnt_sinks, sink_query, slopes, table, kv_heads, out)
+    given = query, key, value, learnt_sinks, sink_query, slopes, table, kv_heads, out
+    shared: int = torch.ops.kvc_native.attend.default(*given, relay.sessions, relay.tokens)
+    return shared
 
 
 def attend_parts(

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcompile.ir.errors import CapacityError, Problem, SessionError
 from kvcompile.runtime.convolution_state import ConvolutionState
 from kvcompile.runtime.disk import DiskStore, LostTokens
+from kvcompile.runtime.lookup import LookupStore
 from kvcompile.runtime.native import NativeTable
 from kvcompile.runtime.session_file import save_session
 from kvcompile.runtime.store import KVStore, Settling
@@ -111,14 +112,45 @@ class Session:
             raise SessionError(Problem("step", f"takes one token, not {len(ids)}.", "Use prefill for several tokens."))
         return self.model.forward([(self, ids)])[0]
 
+    def make_indexes(self) -> int:
+        """Makes the indexes of heads that look keys up, of all that the session has read: forks made after it share them.
+
+        Otherwise the first generated token makes them, in each fork for itself, of all its past: behind one prefix the same work as often
+        as there are forks, and the same bytes.  A fork adds its own tokens to what it shares, as they leave the window.
+        What the index knows of queries comes from what was read before this call, and not from the fork's own prompt, until it is held
+        against later ones, every 1024 tokens; a fork that reads more than the index was made from makes one of its own.
+        A later call adds what was read since, or makes it anew by the same rule.
+
+        Returns how many it made or extended: 0 without such heads, where too little lies between sinks and window (512 tokens), or where
+        fewer than 32 tokens have left the window since.  `static` zones choose for each fork: by what its own prompt asks.
+        Costs what the first token would.  Raises SessionError for a session that is broken.
+        """
+        self.check_usable()
+        return sum(store.make_index() for stores in self._stores for store in stores if isinstance(store, LookupStore))
+
     def fork(self) -> Session:
         """A second session with the same past, which both may continue.
 
-        Costs no bytes for growable stores and convolutions (the child reads the parent's tokens) and a copy of the rings.
+        Costs no bytes for growable stores, indexes and convolutions (the child reads the parent's) and a copy of the rings.
         """
         self.check_usable()
         stores = [[store.fork() for store in stores] for stores in self._stores]
         return Session(self.model, stores, self.convolutions, list(self.tokens))
+
+    def hand_over(self) -> Session:
+        """A session that takes all that this one holds, and outlives it; this one goes on as a fork of it."""
+        child = self.fork()
+        taken = Session(self.model, self._stores, self.convolutions, list(self.tokens))
+        self._stores, self.native = child._stores, child.native
+        self._settling, self._on_disk = child._settling, child._on_disk
+        return taken
+
+    def can_rollback(self, tokens: int) -> Problem | None:
+        """What stands against taking back the last `tokens` tokens; None if nothing does.  Changes nothing."""
+        if not 0 <= tokens <= len(self):
+            return Problem("rollback", f"cannot take back {tokens} of {len(self)} tokens.", f"Give a number from 0 to {len(self)}.")
+        held: list[KVStore | ConvolutionState] = [*(store for stores in self._stores for store in stores), *self.convolutions]
+        return next((problem for each in held if (problem := each.can_rollback(tokens))), None)
 
     def rollback(self, tokens: int) -> None:
         """Forget the last `tokens` tokens, as if they had never been read.
@@ -127,14 +159,9 @@ class Session:
         (`rollback: n` in a streaming policy makes its rings hold n more tokens, in any policy the convolutions n more inputs).
         """
         self.check_usable()
-        if not 0 <= tokens <= len(self):
-            raise SessionError(
-                Problem("rollback", f"cannot take back {tokens} of {len(self)} tokens.", f"Give a number from 0 to {len(self)}.")
-            )
-        problems = [problem for stores in self._stores for store in stores if (problem := store.can_rollback(tokens))]
-        problems += [problem for state in self.convolutions if (problem := state.can_rollback(tokens))]
-        if problems:
-            raise SessionError(problems[0])
+        problem = self.can_rollback(tokens)
+        if problem is not None:
+            raise SessionError(problem)
         for stores in self._stores:
             for store in stores:
                 store.rollback(tokens)
@@ -151,8 +178,8 @@ class Session:
         save_session(self, path)
 
     def nbytes(self) -> int:
-        """Bytes that this session holds itself: keys and values (0 for an empty one and for a fresh fork's shared past), indexes and
-        samples of queries (what a fork shares counts for both), and the inputs of its convolutions."""
+        """Bytes that this session holds itself: keys and values (0 for an empty one and for a fresh fork's shared past), indexes without
+        what a fork has of its parent's, samples of queries (what a fork shares counts for both), and the inputs of its convolutions."""
         return sum(store.nbytes() for stores in self._stores for store in stores) + sum(state.nbytes() for state in self.convolutions)
 
     def disk_nbytes(self) -> int:
@@ -160,7 +187,8 @@ class Session:
         return sum(store.disk_nbytes() for store in self._on_disk)
 
     def shared_nbytes(self) -> int:
-        """Bytes of keys and values that it reads from the sessions it was forked from, or from the file that it was restored from."""
+        """Bytes of keys, values and indexes that it reads from the sessions it was forked from, and of keys and values from the file that
+        it was restored from."""
         return sum(store.shared_nbytes() for stores in self._stores for store in stores)
 
     def stores(self, site: int) -> list[KVStore]:

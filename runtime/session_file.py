@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvcompile.runtime.model import CompiledModel
     from kvcompile.runtime.session import Session
 
-SESSION_FILE = FileKind("session", b"KVCSESS\n", 1, "Read the prompt again, and save the session anew.")
+SESSION_FILE = FileKind("session", b"KVCSESS\n", 2, "Read the prompt again, and save the session anew.")
 _SHOWN = 12  # digits of a hash in a message
 
 

@@ -20,7 +20,7 @@ from kvcompile.ir.request import KernelRequest
 from kvcompile.ir.sites import AttentionSite
 from kvcompile.runtime import reference
 from kvcompile.runtime.model import make_store
-from kvcompile.runtime.native import NativeKernels, NativeTable, attend_native, native_sites
+from kvcompile.runtime.native import NO_RELAY, NativeKernels, NativeTable, RelayRule, attend_native, native_sites
 from kvcompile.runtime.store import KVStore
 
 LARGE_LOGIT = 200.0
@@ -212,11 +212,18 @@ class Reader:
         return read_together([(self, tokens)], **options)[0]
 
 
-def read_together(batch: Sequence[tuple[Reader, int]], *, last_only: bool = False, strides: Strides = "tokens") -> list[Tensor]:
+def read_together(batch: Sequence[tuple[Reader, int]], **options: Any) -> list[Tensor]:
     """One call of the operator for several sessions, each so many tokens further: [S, Q, E] each, of the last token with last_only.
 
     strides: how the tokens lie: a head after another, a token after another, or with room between tokens and heads.
     """
+    return read_relayed(batch, NO_RELAY, **options)[0]
+
+
+def read_relayed(
+    batch: Sequence[tuple[Reader, int]], relay: RelayRule, *, last_only: bool = False, strides: Strides = "tokens"
+) -> tuple[list[Tensor], int]:
+    """`read_together`, and how many rows of the table saw something together."""
     start = 0
     for row, (reader, tokens) in enumerate(batch):
         reader.table.count_growing(tokens)
@@ -234,10 +241,11 @@ def read_together(batch: Sequence[tuple[Reader, int]], *, last_only: bool = Fals
     out = torch.full((1, sum(rows), site.query_heads, site.value_dim), torch.nan, dtype=query.dtype)
     tables = [reader.table.sites[0] for reader, _ in batch]
     shown = sink_query if site.cache_index else None
-    attend_native(query, key, value, first.text.sinks_Q, tables, first.heads, out, sink_query=shown, slopes=first.site.slopes)
+    given = query, key, value, first.text.sinks_Q, tables, first.heads, out
+    shared = attend_native(*given, sink_query=shown, slopes=first.site.slopes, relay=relay)
     for reader, tokens in batch:
         reader.read += tokens
-    return list(out[0].split(rows))
+    return list(out[0].split(rows)), shared
 
 
 def _strided(tensor_HSX: Tensor, strides: Strides) -> Tensor:

@@ -25,6 +25,7 @@ from damage import FIRST, PAGE, description, flipped, forged, sealed, section, w
 from units import some_ids
 
 import kvcompile
+from kvcompile.inspection import inspect_file
 from kvcompile.ir.errors import SessionError
 from kvcompile.runtime import checked_file
 from kvcompile.runtime.checked_file import FileKind, file_kind, open_checked, writing
@@ -341,6 +342,46 @@ def test_a_link_stays_one_and_rights_are_the_users(tmp_path):
     (tmp_path / "file").chmod(0o600)
     put(tmp_path / "file", 3)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_no_plain_file_stays(tmp_path):
+    """A rename would put a file in place of a device or a pipe."""
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(SessionError, match="is no file but a device, a pipe or a socket"), writing(place, KIND):
+            pass
+        assert not place.is_file() and place.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "'': is no name of a file"),
+        ("x" * 300, "File name too long.\n  Give it a shorter name"),
+        ("none/x", "No such file or directory"),
+    ],
+)
+def test_names_that_nothing_can_be_written_to(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SessionError, match=said), writing(name, KIND):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_is_saved_as_a_kind_that_there_is(tmp_path):
+    with pytest.raises(SessionError, match="there is no kind of index 'ifv'"):
+        save_index(tmp_path / "x", "ifv", index())
+    with pytest.raises(SessionError, match="there is no index yet"):
+        save_index(tmp_path / "x", "ivf", None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_says_what_a_file_is_not(tmp_path):
+    for number, content in enumerate((b"", b"KVCSESX\n" + bytes(100))):
+        path = tmp_path / f"{number}.session"
+        path.write_bytes(content)
+        with pytest.raises(SessionError, match="is no file of a session or an index"):
+            inspect_file(path)
 
 
 def test_where_nothing_can_be_written_it_says_so(tmp_path):

@@ -10,7 +10,7 @@ import toys
 from units import some_ids
 
 import kvcompile
-from kvcompile.ir.errors import SessionError
+from kvcompile.ir.errors import CapacityError, SessionError
 from kvcompile.runtime import generation
 
 
@@ -257,3 +257,179 @@ def test_a_chat_without_a_template_is_refused(model):
     with pytest.raises(SessionError) as caught:
         replace(model, tokenizer=Plain()).generate("a", chat=True)
     assert str(caught.value) == "chat: this model has no chat template.\n  Write the prompt as the model was trained to read it."
+
+
+# --- several prompts -----------------------------------------------------------------------------------------------------------------
+
+PROMPTS = [some_ids(tokens, 256, seed).tolist() for seed, tokens in enumerate((20, 1, 70, 33, 4))]
+
+
+@pytest.fixture(scope="module")
+def duo():
+    """KV head 0 forgets, head 1 does not; C++ kernels where there is a compiler."""
+    heads = [{"policy": "near", "kv_heads": 0}]
+    policies = {"near": {"zones": [{"sink_recent": {"sink_tokens": 4, "recent_tokens": 12}}]}}
+    spec = {"kvcompile": 1, "verify": {"tokens": 16}, "policies": policies, "heads": heads, "target": {"segments": "eager"}}
+    return kvcompile.compile(toys.llama(layers=2), spec=spec)
+
+
+def assert_each_equals_itself_alone(model, prompts, **options):
+    together = model.complete(prompts, **options)
+    alone = [model.complete(prompt, **options) for prompt in prompts]
+    for one, other in zip(together, alone, strict=True):
+        assert (one.tokens, one.text, one.prompt_tokens, one.stopped) == (other.tokens, other.text, other.prompt_tokens, other.stopped)
+        assert one.stored_bytes == other.stored_bytes
+    return together
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_each_of_unequal_prompts_gets_the_text_that_it_gets_alone(duo, deterministic):
+    """Trap 14.  Float32."""
+    model = replace(duo, spec=replace(duo.spec, target=replace(duo.spec.target, deterministic=deterministic)))
+    done = assert_each_equals_itself_alone(model, PROMPTS, max_new_tokens=24)
+    assert len({one.tokens for one in done}) == len(PROMPTS), "all answers are the same"
+
+
+def test_samples_are_drawn_for_each_prompt_as_alone(duo):
+    done = assert_each_equals_itself_alone(duo, [*PROMPTS, PROMPTS[0]], max_new_tokens=16, temperature=1.0, seed=5)
+    assert done[0].tokens == done[-1].tokens
+    seeded = duo.complete([PROMPTS[0]] * 2, max_new_tokens=16, temperature=1.0, seed=[5, 6])
+    assert seeded[0].tokens == done[0].tokens != seeded[1].tokens
+    assert seeded[1].tokens == duo.complete(PROMPTS[0], max_new_tokens=16, temperature=1.0, seed=6).tokens
+
+
+def test_a_list_gives_a_list_of_texts(model):
+    texts = model.generate(["one", "and another"], max_new_tokens=6)
+    assert texts == [model.generate("one", max_new_tokens=6), model.generate("and another", max_new_tokens=6)]
+    assert model.generate(["one"], max_new_tokens=6) == texts[:1]
+    assert model.generate(("one",), max_new_tokens=6) == texts[:1]
+    rows = [torch.tensor([1, *b"one"]), [1, *b"and another"]]
+    assert model.generate(rows, max_new_tokens=6) == texts
+    assert isinstance(model.generate([1, 2, 3], max_new_tokens=1), str)
+    assert isinstance(model.generate([torch.tensor(1), torch.tensor(2)], max_new_tokens=1), str)
+
+
+def test_each_step_is_one_pass_and_who_has_ended_is_in_none(model, monkeypatch):
+    alone = [greedy(model, prompt, 8) for prompt in PROMPTS[:3]]
+    stopping = replace(model, stop_tokens=frozenset({alone[0][3], alone[1][5]}))
+    whole = stopping.complete(PROMPTS[:3], max_new_tokens=8)
+    assert [len(one.tokens) for one in whole] == [len(stopping.complete(prompt, max_new_tokens=8).tokens) for prompt in PROMPTS[:3]]
+    rows = []
+    real = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, batch, **how: rows.append([len(ids) for _, ids in batch]) or real(self, batch, **how)
+    )
+    stopping.complete(PROMPTS[:3], max_new_tokens=8)
+    last = [min(len(one.tokens), 7) for one in whole]  # tokens of each that are read
+    assert rows[:3] == [[20], [1], [70]]
+    assert rows[3:] == [[1] * sum(step < read for read in last) for step in range(max(last))]
+    assert len(set(map(len, rows[3:]))) > 1, "nobody left early"
+
+
+def test_prompts_continue_sessions_of_their_own(duo):
+    base = duo.session()
+    base.prefill(some_ids(40, 256, 9))
+    sessions = [base.fork() for _ in PROMPTS]
+    done = duo.complete(PROMPTS, max_new_tokens=6, session=sessions)
+    for prompt, one, session in zip(PROMPTS, done, sessions, strict=True):
+        alone = base.fork()
+        assert one.tokens == duo.complete(prompt, max_new_tokens=6, session=alone).tokens
+        assert session.tokens == alone.tokens == [*base.tokens, *prompt, *one.tokens]
+    read = duo.complete([[1], [2]], max_new_tokens=0, session=sessions[:2])
+    assert [one.tokens for one in read] == [(), ()]
+
+
+def test_callbacks_are_told_whose_they_are(model):
+    shown: dict[int, str] = {}
+    told = []
+    texts = model.generate(
+        ["one", "and another"],
+        max_new_tokens=8,
+        on_text=lambda number, piece: shown.__setitem__(number, shown.get(number, "") + piece),
+        on_chunk=lambda *chunk: told.append(chunk),
+    )
+    assert [shown[0], shown[1]] == texts
+    assert told == [(0, 4, 4), (1, 12, 12)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "told"),
+    [
+        (["a", ""], {}, "prompts[1]: the prompt is empty.\n  Give at least one token."),
+        ([[1], []], {}, "prompts[1]: there is no token.\n  Give at least one token."),
+        ([[1], [256]], {}, "prompts[1]: token id 256 is not in the vocabulary (0 to 255)."),
+        (
+            [[1], [2]],
+            {"seed": [1]},
+            "seed: 1 of them for 2 prompts.\n  Give one for each prompt of a list, or a single one for a single prompt.",
+        ),
+        ([1, 2], {"seed": [1, 2]}, "seed: 2 of them for one prompt."),
+    ],
+)
+def test_a_wrong_prompt_of_many_is_named_before_any_is_read(model, monkeypatch, prompts, options, told):
+    monkeypatch.setattr(type(model), "forward", None)
+    with pytest.raises(SessionError) as caught:
+        model.generate(prompts, **options)
+    assert str(caught.value).startswith(told)
+
+
+def test_sessions_of_many_prompts_are_one_for_each(model):
+    session = model.session()
+    with pytest.raises(SessionError) as caught:
+        model.generate(["a", "b"], session=session)
+    assert str(caught.value) == ("session: one for a list of prompts.\n  Give a list with a session for each, such as forks of this one.")
+    with pytest.raises(SessionError) as caught:
+        model.generate(["a", "b"], session=[session, session])
+    assert str(caught.value) == "session: a session stands twice.\n  Fork it: each prompt is read by one of its own."
+    assert len(session) == 0
+
+
+def test_a_text_among_many_needs_a_tokenizer(model):
+    bare = replace(model, tokenizer=None)
+    with pytest.raises(SessionError) as caught:
+        bare.complete([[1], "text"])
+    assert str(caught.value) == "prompts[1]: the model has no tokenizer.\n  Give token ids, or pass tokenizer= to kvcompile.compile."
+    assert [one.text for one in bare.complete([[1], [2]], max_new_tokens=3)] == ["", ""]
+
+
+def test_prompts_that_do_not_fit_the_memory_together_are_refused_before_any_is_read(model, monkeypatch):
+    prompts, mib = [[1] * 400] * 5, 1024 * 1024
+    of_one = model.plan.stored_bytes(400 + 64)
+    limit = model.plan.weight_bytes + 3 * of_one
+    small = replace(model, spec=replace(model.spec, target=replace(model.spec.target, memory_bytes=limit)))
+    assert len(small.complete(prompts[:3])) == 3
+    session = small.session()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", None)
+        with pytest.raises(CapacityError) as caught:
+            small.complete(prompts)
+        with pytest.raises(CapacityError, match=r"^prompt: a prompt with answers of 9000 tokens take .*\n  Shorten it, ask for fewer"):
+            small.complete(prompts[0], max_new_tokens=9000, session=session)
+        with pytest.raises(CapacityError, match=r"^prompts\[1\]: 2 prompts .*\n  Give one prompt at a time, ask for fewer"):
+            small.complete(prompts, max_new_tokens=600)
+    assert len(session) == 0
+    assert str(caught.value) == (
+        f"prompts[3]: 4 prompts with answers of 64 tokens take {4 * of_one / mib:,.1f} MiB beside {model.plan.weight_bytes / mib:,.1f} MiB "
+        f"of weights and prefixes, more than the {limit / mib:,.1f} MiB of target.memory.\n"
+        "  Give 3 prompts at a time, ask for fewer new tokens, or declare more memory."
+    )
+
+
+def test_what_sessions_share_needs_its_memory_once(model):
+    base = model.session()
+    base.prefill([1] * 3000)
+    tails = model.plan.stored_bytes(3000 + 10 + 64) - model.plan.stored_bytes(3000)
+    limit = model.plan.weight_bytes + model.plan.stored_bytes(3000) + 4 * tails
+    small = replace(model, spec=replace(model.spec, target=replace(model.spec.target, memory_bytes=limit)))
+    assert len(small.complete([[1] * 10] * 4, session=[base.fork() for _ in range(4)])) == 4
+    with pytest.raises(CapacityError, match=r"prompts\[4\]: "):
+        small.complete([[1] * 10] * 5, session=[base.fork() for _ in range(5)])
+
+
+def test_a_prompt_beyond_learnt_positions_is_named_before_any_is_read(model, monkeypatch):
+    short = model.with_plan(replace(model.plan, position_rows=30))
+    monkeypatch.setattr(type(model), "forward", None)
+    with pytest.raises(SessionError, match=r"^prompts\[1\]: 31 tokens do not fit: the model has learnt positions for 30"):
+        short.complete([[1] * 20, [1] * 31, [1] * 10])
+    with pytest.raises(SessionError, match=r"^session: 31 tokens do not fit"):
+        short.complete([1] * 31)

@@ -17,7 +17,7 @@ from kvcompile.codegen.reproducer import reproducer_source
 from kvcompile.ir.errors import BuildError
 from kvcompile.ir.indexes import MIN_INDEXED_TOKENS
 from kvcompile.ir.policy import HeadPolicy, Sample, SinkRecent, TopK
-from kvcompile.ir.spec import HeadRule, Output, Pattern, Spec, Target
+from kvcompile.ir.spec import HeadRule, Output, Pattern, Prefix, Spec, Target
 from kvcompile.runtime import native_lsh
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.spec import load_spec
@@ -162,7 +162,7 @@ def test_a_reproducer_repeats_the_spec(tmp_path, zone):
     spec = written(tmp_path, zone)
     source = reproducer_source("", "pass", spec, None, "place")
     text = source[source.index("SPEC = ") + len("SPEC = ") : source.index("WEIGHTS = ")]
-    names = {kind.__name__: kind for kind in (HeadPolicy, HeadRule, Output, Pattern, Sample, SinkRecent, Spec, Target, TopK)}
+    names = {kind.__name__: kind for kind in (HeadPolicy, HeadRule, Output, Pattern, Prefix, Sample, SinkRecent, Spec, Target, TopK)}
     from kvcompile.ir.policy import All, Store
 
     assert eval(text, {**names, "All": All, "Store": Store}).policies == spec.policies

@@ -240,7 +240,7 @@ def test_neither_a_prompt_is_read_nor_an_index_made(tmp_path, monkeypatch):
     def never(*given: Any, **more: Any) -> Any:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(lookup.LookupStore, "_built", never)
+    monkeypatch.setattr(lookup.LookupStore, "_build", never)
     forward = runtime_model.CompiledModel.forward
     lengths: list[int] = []
 
@@ -409,6 +409,14 @@ def changed(name: str, value: Any) -> Any:
         ("sketch", "first", 36, "position_HT.0 does not hold each position"),
         ("sketch", "queries", -2, "queries is -2"),
         ("sketch", "stride", 0, "stride is 0"),
+        ("sketch", "growths", 3, "growths is 3"),
+        ("sketch", "growths", [[5, 4]], "growths is"),
+        ("sketch", "growths", [[5, 4, -1]], "growths is"),
+        ("sketch", "growths", [[600, 36, 600]], "growths is .* of an index that ends at"),
+        ("sketch", "growths", [], "growths is .* of an index that ends at"),
+        ("sketch", "growths", [[600, 36, 610]], "growths is"),
+        ("sketch", "growths", [[600, 36, 600], [590, 68, 590]], "growths is"),
+        ("sketch", "growths", [[600, 36, 600], [700, 5, 700]], "growths is"),
         ("static", "chosen_end", None, "chosen_end is None"),
     ],
 )

@@ -5,6 +5,7 @@ planted                          a sink and a retrieval head that can be lost, a
 nanogpt, gated, sliced_table, shared_values   plain modules on scaled_dot_product_attention
 convolution                      a causal filter of each channel behind the last attention
 centred_convolution, running_sum, pairs   what has to be refused; spelt_out: attention by hand
+byte_tokenizer   for the models of 256 words
 """
 
 from __future__ import annotations
@@ -90,6 +91,17 @@ def lfm2(layer_types: str = "caacc", seed: int = 0, **config: object) -> nn.Modu
     kinds = ["conv" if letter == "c" else "full_attention" for letter in layer_types]
     sizes = {**_sizes(len(kinds), 4, 2, 16), "conv_L_cache": 4, "conv_bias": True, "block_auto_adjust_ff_dim": False}
     return _louder(Lfm2ForCausalLM(Lfm2Config(**{**sizes, "layer_types": kinds, **config})).eval())
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of transformers for 256 words: bytes of UTF-8, 0 for padding, which is on the left."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token=letters[0], eos_token=letters[1], padding_side="left")
 
 
 def _louder(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 constexpr int64_t kBlockTokens = 16;
+constexpr int64_t kRowsAtOnce = 6;     // rows that share what is loaded of keys and values that many rows see
 constexpr int64_t kChunkTokens = 256;  // keys under one softmax: a chunk's state is merged with the next one's
 
 // Keys and values of one KV head at contiguous positions.
@@ -20,6 +21,7 @@ struct KvcPiece {
   int64_t tokens;
   int64_t position;                                           // of the first token
   const void *key_scales = nullptr, *value_scales = nullptr;  // of slot 0, where 2 or 4 bits of a number are kept: quantised.h
+  int64_t follow = 0;                                         // tokens right behind it in memory that are wanted next
 };
 
 // The queries of one KV head: row = token * queries_per_kv + query head.
@@ -60,6 +62,8 @@ struct KvcAttendKernel {
   void (*attend)(const KvcQueries *, const KvcPiece *, int64_t pieces, const KvcState *);
   void (*append)(const KvcTokens *, void *key, void *value, int64_t slot);
   int32_t bits;  // of one number in a quantised store, whose scales and exact numbers have store_bytes; 0: of none
+  // Like `attend`, of keys that all the queries see, with weights of fewer bits; null: there is none.
+  void (*relay)(const KvcQueries *, const KvcPiece *, int64_t pieces, const KvcState *);
 };
 
 // A sketch of the keys of one KV head (runtime/indexes/sketch.py).
@@ -143,7 +147,7 @@ struct KvcLinearKernel {
 };
 
 // What a shared object of kernels holds; its symbol `kvc_kernels` returns it.
-constexpr int64_t kKernelVersion = 5;
+constexpr int64_t kKernelVersion = 7;
 struct KvcKernels {
   int64_t version;
   const KvcAttendKernel *const *attend;

@@ -51,6 +51,7 @@ class KeysInBlocks {
       const KvcPiece &piece = pieces[i];
       const char *keys = (const char *)((const Stored *)piece.key + piece.slot * HeadDim);
       found.push_back({to, (const Stored *)piece.value + piece.slot * ValueDim, 0, piece.tokens, piece.position});
+      found.back().follow = piece.follow;
       for (int64_t t = 0; t < piece.tokens; t += kBlockTokens, to += kBlock)
         lay_out_block<kLanes>(keys + t * HeadDim * sizeof(Stored), piece.tokens - t < kBlockTokens ? piece.tokens - t : kBlockTokens, to);
     }

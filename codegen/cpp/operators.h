@@ -47,7 +47,8 @@ inline void merge(const KvcState &into, const KvcState &other, int64_t rows, int
   for (int64_t r = 0; r < rows; r++) {
     const float top = std::max(into.maximum[r], other.maximum[r]);
     if (top == -INFINITY) continue;
-    const float keep = std::exp(into.maximum[r] - top), take = std::exp(other.maximum[r] - top);
+    const auto share = [top](float maximum) { return maximum == top ? 1.0f : std::exp(maximum - top); };
+    const float keep = share(into.maximum[r]), take = share(other.maximum[r]);
     into.maximum[r] = top;
     into.sum[r] = into.sum[r] * keep + other.sum[r] * take;
     for (int64_t e = 0; e < value_dim; e++)
@@ -55,15 +56,10 @@ inline void merge(const KvcState &into, const KvcState &other, int64_t rows, int
   }
 }
 
-inline void store_number(float x, char *to, int32_t bytes) {
-  if (bytes == 4) {
-    std::memcpy(to, &x, 4);
-    return;
-  }
+inline uint16_t to_bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  const uint16_t half = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  std::memcpy(to, &half, 2);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 // Writes the attention of one query; sink: null, or one more logit of the denominator.
@@ -73,7 +69,10 @@ inline void write_row(const float *out, float maximum, float sum, const float *s
     const float top = std::max(maximum, *sink), scale = std::exp(maximum - top);
     factor = scale / (sum * scale + std::exp(*sink - top));
   }
-  for (int64_t e = 0; e < value_dim; e++) store_number(out[e] * factor, to + e * bytes, bytes);
+  if (bytes == 4)
+    for (int64_t e = 0; e < value_dim; e++) ((float *)to)[e] = out[e] * factor;
+  else
+    for (int64_t e = 0; e < value_dim; e++) ((uint16_t *)to)[e] = to_bfloat16(out[e] * factor);
 }
 
 // The tensor, or a copy of it in which the numbers of a token and head lie side by side.

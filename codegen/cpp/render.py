@@ -17,6 +17,7 @@ HEADERS = (
     "rows.h",
     "quantised.h",
     "key_rows.h",
+    "pairs.h",
     "whole.h",
     "sketch_scan.h",
     "sketch_choice.h",
@@ -27,7 +28,7 @@ HEADERS = (
 LAUNCHER = ("launcher.cpp", "lookup_operator.cpp", "sketch_build.cpp")
 GRAPH = ("vector.h", "on_threads.h", "roargraph.cpp")
 HASH_TABLES = ("vector.h", "on_threads.h", "lsh.cpp")
-LAUNCHER_HEADERS = ("kernel.h", "stores.h", "operators.h", "lookup_head.h")
+LAUNCHER_HEADERS = ("kernel.h", "stores.h", "relay.h", "operators.h", "lookup_head.h")
 _TYPES = {"float32": "float", "bfloat16": "Bfloat16"}
 _ROWS_LIMIT = 256  # queries that share a KV head: their logits of a chunk of keys stand on the stack
 
@@ -91,6 +92,7 @@ def render(request: Request) -> KernelSource:
             "store_type": _TYPES[request.store_dtype],
             **_quantised(request.store_quantised),
             "keys_in_rows": request.key_layout == "rows",
+            "in_pairs": _in_pairs(request),
         }
     header = [
         f"// {words[0]}",
@@ -124,6 +126,13 @@ def graph_sources() -> dict[str, str]:
 def lsh_sources() -> dict[str, str]:
     """File name -> text of the library that fills hash tables over keys and looks into them."""
     return {name: _text(name) for name in HASH_TABLES}
+
+
+def _in_pairs(request: KernelRequest) -> bool:
+    """Whether sessions may see keys together, and these lie as instructions for pairs of bfloat16 numbers want them."""
+    plain = request.key_layout == "blocks" and not request.store_quantised and request.dtype == request.store_dtype == "bfloat16"
+    sees_all = request.recent_tokens is None and request.chunk_tokens is None and not request.alibi
+    return plain and sees_all and request.value_dim % 32 == 0
 
 
 def _attend_words(request: KernelRequest) -> list[str]:

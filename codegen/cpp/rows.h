@@ -54,6 +54,53 @@ KVC_INLINE void add_slope(float *logits, const KvcPiece *pieces, int64_t count, 
   }
 }
 
+// Tokens of a piece that lie so far before the end of what is wanted that it pays to ask for memory behind them.
+template <class Stored>
+KVC_INLINE int64_t tokens_before_end(const KvcPiece &piece, int64_t dim) {
+  return piece.tokens + piece.follow - kPrefetchBytes / (dim * (int64_t)sizeof(Stored));
+}
+
+// sum[m][b] = query[m] . key, for 16 keys in each of B blocks.
+template <bool Ahead, class Stored, int HeadDim, int M, int B>
+KVC_INLINE void multiply_blocks(const float *query, const Stored *key, Floats (&sum)[M][B]) {
+  constexpr bool kPairs = std::is_same_v<Stored, Bfloat16>;
+  constexpr int kStep = kPairs ? 2 : 1;  // channels in a vector
+#pragma GCC unroll 2
+  for (int d = 0; d < HeadDim; d += kStep, key += kStep * kBlockTokens) {
+    Bits lanes[B];
+    for (int b = 0; b < B; b++) {
+      if constexpr (Ahead) prefetch(key + b * kBlockTokens * HeadDim);
+      lanes[b] = load_bits(key + b * kBlockTokens * HeadDim);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+      for (int step = 0; step < kStep; step++) {
+        const Floats channel = splat(query[m * HeadDim + d + step]);
+        for (int b = 0; b < B; b++) sum[m][b] += channel * (!kPairs ? (Floats)lanes[b] : step ? odd(lanes[b]) : even(lanes[b]));
+      }
+  }
+}
+
+// sum[m] += sum_t weights[m][t] * value[t], of tokens [from, to) and C vectors of each value.
+template <bool Ahead, class Stored, int ValueDim, int M, int C>
+KVC_INLINE void add_tokens(const float *weights, const Stored *value, int64_t from, int64_t to, Floats (&sum)[M][C]) {
+  constexpr bool kPairs = std::is_same_v<Stored, Bfloat16>;
+  value += from * ValueDim;
+  for (int64_t t = from; t < to; t++, value += ValueDim) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c += kPairs ? 2 : 1) {
+      if constexpr (Ahead) prefetch(value + c * 16);
+      const Bits lanes = load_bits(value + c * 16);
+#pragma GCC unroll 24
+      for (int m = 0; m < M; m++) {
+        const float weight = weights[m * kChunkTokens + t];
+        sum[m][c] += weight * (kPairs ? even(lanes) : (Floats)lanes);
+        if constexpr (kPairs) sum[m][c + 1] += weight * odd(lanes);
+      }
+    }
+  }
+}
+
 // Logits of one row become weights exp(logit - maximum); columns up to the next multiple of 16 become 0.
 KVC_INLINE void weigh(float *logits, int64_t tokens, float *row_maximum, float *row_sum) {
   const int64_t padded = (tokens + 15) / 16 * 16;
@@ -78,6 +125,11 @@ void append_tokens(const KvcTokens &tokens, Stored *keys, Stored *values, int64_
     const From *key = (const From *)tokens.key + t * tokens.key_stride;
     const From *value = (const From *)tokens.value + t * tokens.value_stride;
     Stored *block = keys + slot / kBlockTokens * kBlockTokens * HeadDim;
+    if constexpr (std::is_same_v<From, Bfloat16> && std::is_same_v<Stored, Bfloat16> && HeadDim % 2 == 0) {
+      for (int d = 0; d < HeadDim; d += 2) std::memcpy(block + lane_of<Stored>(d, slot % kBlockTokens), key + d, 2 * sizeof(Stored));
+      std::memcpy(values + slot * ValueDim, value, ValueDim * sizeof(Stored));
+      continue;
+    }
     for (int d = 0; d < HeadDim; d++) narrow(widen(key[d]), block + lane_of<Stored>(d, slot % kBlockTokens));
     for (int e = 0; e < ValueDim; e++) narrow(widen(value[e]), values + slot * ValueDim + e);
   }

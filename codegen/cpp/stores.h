@@ -164,7 +164,7 @@ struct Chunks {
     for (KvcPiece piece : found)
       while (piece.tokens) {
         KvcPiece cut = piece;
-        cut.tokens = std::min(piece.tokens, room);
+        cut.tokens = std::min(piece.tokens, room), cut.follow = piece.tokens - cut.tokens;
         pieces.push_back(cut);
         piece.slot += cut.tokens, piece.position += cut.tokens, piece.tokens -= cut.tokens;
         if (!(room -= cut.tokens)) cuts.push_back(pieces.size()), room = kChunkTokens;

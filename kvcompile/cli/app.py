@@ -19,6 +19,7 @@ from kvcompile.cli.options import (
     FormatsOption,
     JsonOption,
     OutputOption,
+    PrefixOption,
     PromptFileOption,
     PromptOption,
     Queries,
@@ -79,6 +80,7 @@ def compile_command(
     max_new_tokens: TokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
+    prefix: PrefixOption = None,
     session: SessionOption = None,
     save_session: SaveSessionOption = None,
     quiet: QuietOption = False,
@@ -90,11 +92,14 @@ def compile_command(
             raise typer.BadParameter("--chat, --max-new-tokens and --temperature need a --prompt or a --prompt-file.")
         if session is not None or save_session is not None:
             raise typer.BadParameter("--session and --save-session need a --prompt or a --prompt-file.")
+        if prefix is not None:
+            raise typer.BadParameter("--prefix needs a --prompt or a --prompt-file.")
     if max_new_tokens == 0 and save_session is None:
         raise typer.BadParameter("--max-new-tokens 0 reads the prompt only: say where to with --save-session.")
     from kvcompile.cli.compiling import Job, run_job
     from kvcompile.cli.prompts import read_prompts
     from kvcompile.spec import load_spec
+    from kvcompile.spec.prefixes import NONE
 
     loaded = load_spec(spec, overrides=options.as_overrides(assignments, output, formats, seed))
     job = Job(
@@ -109,6 +114,7 @@ def compile_command(
         temperature=0.0 if temperature is None else temperature,
         session=session,
         save_session=save_session,
+        prefix=... if prefix is None else None if prefix == NONE else prefix,
     )
     voice = Output(as_json=as_json, quiet=quiet)
     try:

@@ -78,6 +78,12 @@ TokensOption = Annotated[
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.  [default: 0]", show_default=False)
 ]
+PrefixOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix", metavar="NAME|none", help="Start behind this prefix of the spec.  [default: its default prefix]", show_default=False
+    ),
+]
 SessionOption = Annotated[
     Path | None,
     typer.Option("--session", metavar="FILE", help="Go on behind what this session file holds: it is not read again.", show_default=False),

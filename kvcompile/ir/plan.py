@@ -23,10 +23,12 @@ from kvcompile.ir.indexes import (
 from kvcompile.ir.policy import ITEMSIZE, HeadPolicy, LookedUp, Sample, SinkRecent, Static, Store
 from kvcompile.ir.request import KernelRequest, LookupRequest
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
+from kvcompile.ir.spec import Relay
 from kvcompile.ir.store_bytes import (
     DISK_BLOCK_TOKENS,
     STAGED_BLOCKS,
     disk_block_bytes,
+    lent_bytes,
     packed_bytes,
     read_bytes,
     row_bytes,
@@ -67,19 +69,31 @@ class HeadGroup:
         """
         if self.device == "disk":
             return self._block_bytes(site) if context_tokens else 0
-        found, looked_up, heads = self.policy.found, self.policy.looked_up, len(self.kv_heads)
         total = stored_bytes(*self._format(site), context_tokens, self._ring(context_tokens), self.policy.rollback_tokens)
-        total += self._chosen_bytes(site, context_tokens)
-        if found is not None:
-            training = training_queries(looked_up.index, dict(looked_up.options)) if looked_up else 0
-            total += heads * sample_bytes(site.queries_per_kv, site.head_dim, context_tokens, training)
+        return total + self._chosen_bytes(site, context_tokens) + self._held_beside(site, context_tokens)
+
+    def _held_beside(self, site: AttentionSite, context_tokens: int) -> int:
+        """Bytes of the sample of queries and of the index."""
+        looked_up, total = self.policy.looked_up, self._sample_bytes(site, context_tokens)
         if looked_up and (indexed := self._indexed_tokens(context_tokens)):
             facts, options = group_facts(looked_up.index, site.queries_per_kv), dict(looked_up.options)
             held = round(indexed * self._index_bytes(site, looked_up).held)
             if isinstance(facts, SizedFacts):
                 held = facts.held_bytes(indexed, options)
-            total += heads * (facts.fixed_bytes(site.head_dim, site.value_dim, options) + held)
+            total += len(self.kv_heads) * (facts.fixed_bytes(site.head_dim, site.value_dim, options) + held)
         return total
+
+    def prompt_bytes(self, site: AttentionSite, context_tokens: int, shared_tokens: int = 0) -> int:
+        """Bytes of memory that a session holds itself after a prompt of `context_tokens` tokens, with the index that is then made.
+
+        Of these the session that it was forked from had read the first `shared_tokens`; its index is counted whole all the same: it may be
+        made anew.  No key of a static zone was chosen yet.
+        """
+        in_ring = self.policy.found is None and self.policy.window is not None
+        if self.device == "disk" or in_ring:
+            return self.stored_bytes(site, context_tokens)
+        form = self._format(site)
+        return stored_bytes(*form, context_tokens) - lent_bytes(*form, shared_tokens) + self._held_beside(site, context_tokens)
 
     def disk_bytes(self, site: AttentionSite, context_tokens: int) -> int:
         """Bytes that lie on disk after `context_tokens` tokens: whole blocks."""
@@ -130,6 +144,14 @@ class HeadGroup:
         """Keys and values that a static zone chose are kept as the model computed them."""
         found = self.policy.found
         return found.keys * self.bytes_per_token(site) if isinstance(found, Static) and self._has_chosen(context_tokens) else 0
+
+    def _sample_bytes(self, site: AttentionSite, context_tokens: int) -> int:
+        """Of the queries that what finds keys learns from."""
+        if self.policy.found is None:
+            return 0
+        looked_up = self.policy.looked_up
+        training = training_queries(looked_up.index, dict(looked_up.options)) if looked_up else 0
+        return len(self.kv_heads) * sample_bytes(site.queries_per_kv, site.head_dim, context_tokens, training)
 
     def _indexed_tokens(self, context_tokens: int) -> int:
         window = self.policy.window
@@ -205,8 +227,34 @@ class ConvolutionPlan:
 
 
 @dataclass(frozen=True)
+class PlannedPrefix:
+    """A text of the spec that sessions start behind, as tokens; it is read once.
+
+    ids:     its own tokens.
+    after:   the name of the prefix that it continues, None for one that begins a text; before: how many tokens that one ends after.
+    default: whether sessions that name no prefix start behind it.
+    system:  the system message that ids are, as the model's chat template writes it; None for plain text.
+    """
+
+    name: str
+    ids: tuple[int, ...]
+    after: str | None = None
+    before: int = 0
+    default: bool = False
+    system: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a session behind it has read."""
+        return self.before + len(self.ids)
+
+
+@dataclass(frozen=True)
 class Plan:
     """All sites; weight_bytes counts every parameter and buffer once.
+
+    relay:          whether sessions of one call that share a past read it together: a choice of each run, of which no store knows.
+    prefixes:       what sessions may start behind, each after the one that it continues.
 
     convolutions:   of a model that mixes tokens by short convolutions too; their bytes are part of all sums.
 
@@ -220,6 +268,24 @@ class Plan:
     position_rows: int | None = None
     notes: tuple[str, ...] = ()
     convolutions: tuple[ConvolutionPlan, ...] = ()
+    relay: Relay = "auto"
+    prefixes: tuple[PlannedPrefix, ...] = ()
+
+    def prefix_bytes(self, prefix: PlannedPrefix) -> int:
+        """Bytes of memory that the model holds of a prefix, once for all sessions; without those of the one that it continues, but for
+        its index."""
+        return self.prompt_bytes(prefix.tokens, prefix.before)
+
+    def prompt_bytes(self, tokens: int, shared_tokens: int = 0) -> int:
+        """Bytes of memory that a session holds itself after a prompt: before a static zone lets go what it does not choose."""
+        groups = sum(group.prompt_bytes(each.site, tokens, shared_tokens) for each in self.sites for group in each.groups)
+        return groups + sum(each.stored_bytes(tokens) for each in self.convolutions)
+
+    def lent_bytes(self, tokens: int) -> int:
+        """Bytes of a past of so many tokens that a fork reads where they are; rings, states and samples are copied, and indexes may be
+        made anew."""
+        groups = [(each.site, group) for each in self.sites for group in each.groups]
+        return sum(group.prompt_bytes(site, tokens) - group.prompt_bytes(site, tokens, tokens) for site, group in groups)
 
     def stored_bytes(self, context_tokens: int) -> int:
         convolutions = sum(each.stored_bytes(context_tokens) for each in self.convolutions)

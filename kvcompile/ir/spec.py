@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from kvcompile.ir.policy import DType, HeadPolicy
 
@@ -75,6 +75,37 @@ class Target:
     disk: str | None = None
 
 
+Relay: TypeAlias = Literal["off", "auto", "always"]
+
+
+@dataclass(frozen=True)
+class SharedText:
+    """One entry of `prefix.shared`: a text that sessions start behind.
+
+    after:   the name of the prefix that it continues; None for one that begins a text.
+    chat:    the text is a system message, written as the model's chat template writes one.
+    default: whether sessions that name no prefix start behind it.
+    """
+
+    name: str
+    text: str
+    after: str | None = None
+    chat: bool = False
+    default: bool = False
+    where: str = "prefix.shared"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """`prefix:`.  relay: whether sessions of one call that share a past read it together: never, where it pays, or always.
+
+    shared: in an order in which each stands behind the one that it continues.
+    """
+
+    relay: Relay = "auto"
+    shared: tuple[SharedText, ...] = ()
+
+
 @dataclass(frozen=True)
 class Output:
     """`output:`.  directory None: nothing is written."""
@@ -98,6 +129,7 @@ class Spec:
     verify_tokens: int = 256
     seed: int = 0
     output: Output = Output()
+    prefix: Prefix = Prefix()
     source: str = "<spec>"
     lines: Mapping[str, str] = field(default_factory=dict)
 

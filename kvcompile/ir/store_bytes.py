@@ -10,7 +10,7 @@ Scales are of the model's dtype: the smallest number of a group is one of its nu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvcompile.ir.policy import ITEMSIZE, Int8, Kivi, SinkRecent, Store
 
@@ -127,6 +127,15 @@ def packed_bytes(store: Store, dtype: str, kv_heads: int, head_dim: int, value_d
         return kv_heads * tokens * _token_bytes(store, itemsize, head_dim, value_dim)
     keys = tokens * key_group_bytes(kivi, head_dim, itemsize) // kivi.group
     return kv_heads * (keys + tokens * value_token_bytes(kivi, value_dim, itemsize))
+
+
+def lent_bytes(store: Store, dtype: str, kv_heads: int, head_dim: int, value_dim: int, tokens: int) -> int:
+    """Bytes of `tokens` tokens, every one kept, that a fork reads where they are: of kivi what is quantised, the rest is copied."""
+    itemsize, kivi = ITEMSIZE[store.dtype or dtype], store.quantised
+    if not isinstance(kivi, Kivi):
+        return kv_heads * tokens * _token_bytes(store, itemsize, head_dim, value_dim)
+    coded = replace(_kivi(kivi, tokens, None, None), exact_keys=0, exact_values=0)
+    return kv_heads * coded.bytes(kivi, 0, head_dim, value_dim, itemsize)
 
 
 def disk_block_bytes(kv_heads: int, head_dim: int, value_dim: int, itemsize: int) -> int:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from kvcompile.ir.plan import Plan
+from kvcompile.ir.plan import Plan, PlannedPrefix
 from kvcompile.ir.policy import HeadPolicy
 from kvcompile.ir.sites import AttentionSite, ConvolutionSite
 from kvcompile.ir.spec import Spec
@@ -24,6 +24,7 @@ class Unit:
     context_tokens: tokens that the model's configuration declares, or None.
     frequency_tokens: the context for which `fix_frequency_branch` chose rotary frequencies, or None: nothing was to choose.
     position_rows: rows of a table that positions index, a bound that no session may pass; from `make_positions_explicit`.
+    prefixes: what sessions may start behind, as tokens; they need a tokenizer, so whoever begins brings them.
     front_end: where its attentions were found: "interface" (transformers' attention interface), "sdpa", "products" (matmul,
                softmax, matmul), or several; from `canonicalise_attention`.
     warnings:  sentences for the user.
@@ -41,6 +42,7 @@ class Unit:
     front_end: str = ""
     warnings: tuple[str, ...] = ()
     passed: tuple[str, ...] = field(default=())
+    prefixes: tuple[PlannedPrefix, ...] = ()
 
 
 class Pass(Protocol):

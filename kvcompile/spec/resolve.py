@@ -19,7 +19,7 @@ from kvcompile.ir.errors import KvcompileError, Problem, SpecError
 from kvcompile.ir.indexes import BUILT_IN as BUILT_IN_INDEXES
 from kvcompile.ir.indexes import SAMPLING, index_facts, index_names
 from kvcompile.ir.policy import All, HeadPolicy, Int8, Kivi, Sample, SinkRecent, Static, Store, TopK, Zone, can_stand_together
-from kvcompile.ir.spec import HeadRule, ModelSource, Output, Pattern, Spec, Target
+from kvcompile.ir.spec import HeadRule, ModelSource, Output, Pattern, Prefix, Spec, Target
 from kvcompile.ir.store_bytes import LANES
 from kvcompile.models.header import ModelHeader, exists, read_header
 from kvcompile.spec import bundled
@@ -27,6 +27,7 @@ from kvcompile.spec.loader import Document, from_mapping, read_yaml
 from kvcompile.spec.messages import nearest, translate
 from kvcompile.spec.overrides import apply_overrides
 from kvcompile.spec.patterns import check_pattern, read_pattern
+from kvcompile.spec.prefixes import read_prefix
 from kvcompile.spec.schema import MOST_TOKENS, ClustersForm, PolicyForm, RuleForm, SampleForm, SpecForm, StoreForm, TopKForm, ZoneKind
 from kvcompile.spec.unbuilt import FOUND_ZONES, fits_disk, unbuilt_problems
 
@@ -143,6 +144,7 @@ class _Reader:
             verify_tokens=form.verify.tokens,
             seed=form.seed,
             output=self._output(form),
+            prefix=self._prefix(form),
             source=self.document.source,
             lines=dict(self.document.lines),
         )
@@ -442,6 +444,11 @@ class _Reader:
         if fault:
             self._problem("output.directory", fault, UNWRITABLE_MEND)
         return Output(directory=directory, formats=tuple(dict.fromkeys(formats or ("report",))))
+
+    def _prefix(self, form: SpecForm) -> Prefix:
+        prefix, problems = read_prefix(form.prefix, self._where, self._folder)
+        self.problems += problems
+        return prefix
 
     # --- places ----------------------------------------------------------------------------------------------------------------------
 

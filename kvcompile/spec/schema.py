@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from kvcompile.ir.spec import Relay
 from kvcompile.spec.units import parse_bytes, parse_numbers, parse_percent, parse_tokens
 
 
@@ -53,9 +54,8 @@ def _parse_threads(value: object) -> object:
 
 
 def _parse_relay(value: object) -> object:
-    if value != "auto" and not isinstance(value, bool):
-        raise ValueError
-    return value
+    """`off` is false for a reader of YAML 1.1, such as the one that made a dict; ours reads it as it is written."""
+    return "off" if value is False else value
 
 
 _tokens = _parsed(parse_tokens, _TOKENS_SCHEMA)
@@ -71,6 +71,7 @@ Percent: TypeAlias = Annotated[float, *_percent, Field(ge=0, le=1)]
 Amount: TypeAlias = Annotated[int | float, *_amount]
 Numbers: TypeAlias = Annotated[tuple[int, ...] | None, *_numbers]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=4096)]
+LongText: TypeAlias = Annotated[str, Field(min_length=1)]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1 << 20)]
 
 Float: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -280,16 +281,26 @@ class TargetForm(Form):
 
 
 class SharedForm(Form):
-    name: Text = Field(description="a name", examples=["system"])
-    file: Text = Field(description="the path of a text file", examples=["system.txt"])
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)] = Field(
+        description="a name of letters, digits, dots, - and _", examples=["system"]
+    )
+    file: Text | None = Field(default=None, description="the path of a text file", examples=["system.txt"])
+    text: LongText | None = Field(default=None, description="a text", examples=["You are a librarian."])
+    after: Text | None = Field(default=None, description="the name of the prefix that it continues", examples=["system"])
+    chat: bool = Field(default=False, description="true or false", examples=[True])
+    default: bool = Field(default=False, description="true or false", examples=[True])
 
 
-_relay = _parsed(_parse_relay, {"enum": ["auto", True, False]})
+_relay = _parsed(_parse_relay, {"enum": ["auto", "off", "always", False]})
 
 
 class PrefixForm(Form):
-    relay: Annotated[bool | str, *_relay] = Field(default="auto", description="auto, true or false", examples=["auto"])
-    shared: list[SharedForm] = Field(default=[], description="a list of {name, file}", examples=["[{name: system, file: system.txt}]"])
+    relay: Annotated[Relay, *_relay] = Field(default="auto", description="one of off, auto, always", examples=["auto", "off", "always"])
+    shared: Annotated[list[SharedForm], Field(min_length=1)] | None = Field(
+        default=None,
+        description="a list of {name, file or text, after, chat, default}, at least one",
+        examples=["[{name: system, file: system.txt}]"],
+    )
 
 
 class PrefillForm(Form):
@@ -323,7 +334,7 @@ class SpecForm(Form):
     heads: Annotated[list[RuleForm], Field(min_length=1)] | None = Field(
         default=None, description="a list of rules, at least one", examples=["[{policy: full}]"]
     )
-    prefix: PrefixForm | None = Field(default=None, description="a mapping of relay, shared", examples=["{relay: auto}"])
+    prefix: PrefixForm = Field(default_factory=PrefixForm, description="a mapping of relay, shared", examples=["{relay: auto}"])
     prefill: PrefillForm = Field(default_factory=PrefillForm, description="a mapping of chunk_tokens", examples=["{chunk_tokens: 2048}"])
     verify: VerifyForm = Field(default_factory=VerifyForm, description="a mapping of tokens", examples=["{tokens: 256}"])
     output: OutputForm = Field(

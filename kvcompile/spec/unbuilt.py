@@ -19,8 +19,6 @@ def unbuilt_problems(spec: SpecForm, document: Document) -> Iterator[Problem]:
     """One Problem for each thing of the spec that is not built in this release."""
     for name, policy in spec.policies.items():
         yield from _policy_problems(policy, f"policies.{name}", document, spec.target.device == "cuda")
-    if spec.prefix is not None:
-        yield _not_built(document.where("prefix"), "a prefix shared by several sessions", "Take it out.")
     if spec.target.device == "cuda":
         for index, rule in enumerate(spec.heads or []):
             if rule.policy in LOOKING_POLICIES and rule.policy not in spec.policies:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import re
 
+from kvcompile.ir.byte_sizes import parse_bytes as parse_bytes
+
 _TOKENS = re.compile(r"([0-9]{1,12})(k?)")
-_BYTES = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT])(i?)B")
 _PERCENT = re.compile(r"[0-9.]{1,20}%")
 _NUMBERS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 
@@ -19,16 +20,6 @@ def parse_tokens(value: object) -> int:
     if match is None or (not match[2] and isinstance(value, str)):
         raise ValueError
     return int(match[1]) * 1024
-
-
-def parse_bytes(value: object) -> int:
-    """A size in bytes: 1000000, "256MiB" (1024 * 1024), "4GB" (1000 * 1000 * 1000)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _BYTES.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1))
 
 
 def parse_percent(value: object) -> float:

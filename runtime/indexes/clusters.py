@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvcompile.ir.policy import Select
 from kvcompile.ir.published_indexes import ClustersFacts
-from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.index import Borrowed, Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.lists import listed
 from kvcompile.runtime.indexes.restoring import borders, permuted, shaped, share, soft_cap, whole
 from kvcompile.runtime.indexes.select import select_keys
@@ -54,6 +54,7 @@ class ClustersIndex:
         self.centre_HND, self.mean_HNE, self.size_HN, self.order_HT = parts
         self._first, self._end, self._made_from = first, end, made_from
         self._tokens_per_cluster, self._estimate, self._soft_cap = tokens_per_cluster, estimate, soft_cap
+        self._borrowed = Borrowed()
 
     @property
     def shape(self) -> tuple[int, int, int | None]:
@@ -128,10 +129,16 @@ class ClustersIndex:
 
     def fork(self) -> ClustersIndex:
         sizes = self._made_from, self._tokens_per_cluster, self._estimate, self._soft_cap
-        return ClustersIndex(self._first, self._end, *sizes, self._parts)
+        child = ClustersIndex(self._first, self._end, *sizes, self._parts)
+        child._borrowed = Borrowed(child._parts)
+        return child
 
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self._parts)
+
+    def borrowed_nbytes(self) -> int:
+        """All, until clusters of tokens that were added make its own ones."""
+        return self._borrowed.nbytes(self._parts)
 
     def scanned_bytes(self, tail: bool, k: int) -> int:
         heads, clusters, value_dim = self.mean_HNE.shape

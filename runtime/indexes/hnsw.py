@@ -18,6 +18,7 @@ Keys are inserted one after the other on one thread, so that the same keys give 
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -124,6 +125,7 @@ class HnswIndex:
         self.mean_HD, self.base, self.tail = mean_HD, base, tail
         self._first, self._sizes = first, sizes
         self._shared = False
+        self._borrowed: list[weakref.ref[Graphs]] = []
 
     @property
     def shape(self) -> tuple[int, int, int | None]:
@@ -174,10 +176,16 @@ class HnswIndex:
     def fork(self) -> HnswIndex:
         child = HnswIndex(self._first, self.mean_HD, self._sizes, self.base, self.tail)
         self._shared = child._shared = True
+        child._borrowed = [weakref.ref(self.base), weakref.ref(self.tail)]
         return child
 
     def nbytes(self) -> int:
         return self.mean_HD.nbytes + self.base.nbytes() + self.tail.nbytes()
+
+    def borrowed_nbytes(self) -> int:
+        """Mean and base, and the tail until keys are added."""
+        graphs = sum(each.nbytes() for each in (self.base, self.tail) if any(each is other() for other in self._borrowed))
+        return graphs + (self.mean_HD.nbytes if self._borrowed else 0)
 
     def scanned_bytes(self, tail: bool, k: int) -> int:
         """As the facts guess for one query head; what a search really reads, the library does not say."""

@@ -9,7 +9,8 @@ BLOCK_TOKENS of them, and is never asked about others.  Queries come multiplied 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -140,6 +141,27 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, int, int | None]:
         """KV heads, head_dim, and value_dim if it knows values."""
         ...
+
+
+@runtime_checkable
+class Borrowing(Protocol):
+    """An index that knows what it shares.  One that does not counts all of it, in every fork."""
+
+    def borrowed_nbytes(self) -> int:
+        """Of `nbytes` those in memory of the index that it was forked from."""
+        ...
+
+
+class Borrowed:
+    """Tensors that an index has from the one that it was forked from: they are replaced, never changed, and then are its own.  They do not
+    live any longer for it."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._tensors = {id(tensor): weakref.ref(tensor) for tensor in tensors}
+
+    def nbytes(self, held: Iterable[Tensor]) -> int:
+        """Bytes of those that are still held."""
+        return sum(tensor.nbytes for tensor in held if (known := self._tensors.get(id(tensor))) is not None and known() is tensor)
 
 
 class SamplingIndex(KeyIndex, Protocol):

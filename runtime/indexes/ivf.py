@@ -19,7 +19,7 @@ from torch import Tensor
 from kvcompile.ir.policy import Select
 from kvcompile.ir.published_indexes import IvfFacts
 from kvcompile.runtime.indexes.gather import keys_at
-from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.index import Borrowed, Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.lists import listed
 from kvcompile.runtime.indexes.restoring import borders, shaped, whole
 from kvcompile.runtime.indexes.select import share_chosen
@@ -39,6 +39,7 @@ class IvfIndex:
     def __init__(self, first: int, probe: int, row_bytes: int, centre_HLD: Tensor, mean_HD: Tensor, list_HT: Tensor) -> None:
         self.centre_HLD, self.mean_HD = centre_HLD, mean_HD
         self._first, self._probe, self._row_bytes = first, probe, row_bytes
+        self._borrowed = Borrowed()
         self._put(list_HT)
 
     def _put(self, list_HT: Tensor) -> None:
@@ -95,10 +96,20 @@ class IvfIndex:
             self._put(self.list_HT[:, : max(0, end - self._first)].contiguous())
 
     def fork(self) -> IvfIndex:
-        return IvfIndex(self._first, self._probe, self._row_bytes, self.centre_HLD, self.mean_HD, self.list_HT)
+        child = IvfIndex.__new__(IvfIndex)  # whose lists are not sorted again
+        vars(child).update(vars(self))
+        child._borrowed = Borrowed(child._held())
+        return child
 
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in (self.centre_HLD, self.mean_HD, self.list_HT, self.order_HT, self.start_HL))
+        return sum(each.nbytes for each in self._held())
+
+    def borrowed_nbytes(self) -> int:
+        """All, until keys are added: then centres and mean."""
+        return self._borrowed.nbytes(self._held())
+
+    def _held(self) -> list[Tensor]:
+        return [self.centre_HLD, self.mean_HD, self.list_HT, self.order_HT, self.start_HL]
 
     def scanned_bytes(self, tail: bool, k: int) -> int:
         """Lists are counted as equally long."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from kvcompile.ir.indexes import BLOCK_TOKENS
 from kvcompile.ir.lsh_facts import PART_TOKENS, LshFacts
 from kvcompile.ir.policy import Select
-from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.index import Borrowed, Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.lsh_tables import cut, hashed, hyperplanes, interned, joined, met, parts_of, planes_of
 from kvcompile.runtime.indexes.restoring import shaped, whole
 from kvcompile.runtime.merge import AttentionState
@@ -45,6 +45,7 @@ class LshIndex:
         self.planes, self.mean_HD, self.parts = planes, mean_HD, parts
         self._first, self._group = first, group
         self.asked = self.places = 0
+        self._borrowed = Borrowed()
 
     @property
     def first(self) -> int:
@@ -96,11 +97,20 @@ class LshIndex:
         self.parts = tuple(kept)
 
     def fork(self) -> LshIndex:
-        return LshIndex(self._first, self._group, self.planes, self.mean_HD, self.parts)
+        child = LshIndex(self._first, self._group, self.planes, self.mean_HD, self.parts)
+        child._borrowed = Borrowed(child._held())
+        return child
 
     def nbytes(self) -> int:
         """Without the hyperplanes, which belong to the process."""
-        return self.mean_HD.nbytes + sum(part.nbytes for part in self.parts)
+        return sum(each.nbytes for each in self._held())
+
+    def borrowed_nbytes(self) -> int:
+        """Parts, until one of its own becomes one with the last of them."""
+        return self._borrowed.nbytes(self._held())
+
+    def _held(self) -> list[Tensor]:
+        return [self.mean_HD, *(tensor for part in self.parts for tensor in (part.order_HLT, part.border_HLX))]
 
     def scanned_bytes(self, tail: bool, k: int) -> int:
         return self.planes.normal_BD16.nbytes + round(len(self.mean_HD) * self._group * self.query_bytes())

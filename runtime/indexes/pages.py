@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvcompile.ir.policy import Select
 from kvcompile.ir.published_indexes import CuboidFacts, MeanFacts, MinMaxFacts, PageFacts, RepresentativesFacts
-from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.index import Borrowed, Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.restoring import borders, shaped, soft_cap, whole
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.merge import AttentionState
@@ -51,6 +51,7 @@ class PageIndex:
         self._first, self._end = first, end
         self._soft_cap = soft_cap
         self._query_HD = query_HD
+        self._borrowed = Borrowed()
 
     @property
     def shape(self) -> tuple[int, int, int | None]:
@@ -117,10 +118,19 @@ class PageIndex:
             self.digest_HNVD = self.digest_HNVD[:, :pages].contiguous()
 
     def fork(self) -> PageIndex:
-        return PageIndex(self._facts, self._options, self._first, self._end, self.digest_HNVD, self._soft_cap, self._query_HD)
+        child = PageIndex(self._facts, self._options, self._first, self._end, self.digest_HNVD, self._soft_cap, self._query_HD)
+        child._borrowed = Borrowed(child._held())
+        return child
 
     def nbytes(self) -> int:
-        return self.digest_HNVD.nbytes + (0 if self._query_HD is None else self._query_HD.nbytes)
+        return sum(each.nbytes for each in self._held())
+
+    def borrowed_nbytes(self) -> int:
+        """All, until a page that is full makes its own ones."""
+        return self._borrowed.nbytes(self._held())
+
+    def _held(self) -> list[Tensor]:
+        return [self.digest_HNVD] if self._query_HD is None else [self.digest_HNVD, self._query_HD]
 
     def scanned_bytes(self, tail: bool, k: int) -> int:
         return self.digest_HNVD.nbytes

@@ -37,8 +37,19 @@ def index_kind(name: str) -> IndexKind:
     return kind  # type: ignore[no-any-return]
 
 
-def save_index(path: str | Path, name: str, index: KeyIndex) -> None:
-    """Writes an index of kind `name`; the file appears whole or not at all.  Raises SessionError where it cannot be written."""
+def save_index(path: str | Path, name: str, index: KeyIndex | None) -> None:
+    """Writes an index of kind `name`; the file appears whole or not at all.
+
+    Raises SessionError where it cannot be written, for a name of no kind, and for None, which a store without an index yet has.
+    """
+    try:
+        index_kind(name)
+    except LookupError as error:
+        known = ", ".join(index_names())
+        raise SessionError(Problem("save_index", f"there is no kind of index {name!r} ({error}).", f"Name one of {known}.")) from error
+    if index is None:
+        what = "there is no index yet: a store makes it when the first token is generated."
+        raise SessionError(Problem("save_index", what, "Generate a token first."))
     tensors, numbers = index.state()
     with writing(path, INDEX_FILE) as file:
         written = {each: file.put(f"the tensor {each}", tensor) for each, tensor in tensors.items()}

@@ -27,7 +27,7 @@ from torch import Tensor
 from kvcompile.ir.graph_facts import GRAPH_ENTRIES, RoarGraphFacts
 from kvcompile.ir.policy import Select
 from kvcompile.runtime.address_space import reserve
-from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.index import Borrowed, Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.restoring import borders, notes, shaped, share, whole
 from kvcompile.runtime.indexes.select import share_chosen
 from kvcompile.runtime.merge import AttentionState
@@ -84,6 +84,7 @@ class RoarGraphIndex:
         self._first, self._tokens, self._made = first, tokens, made
         self._room, self._joined = graphs, len(graphs.rows_THUS)  # of at least so many nodes
         self._shared = False  # another index reads these graphs too
+        self._borrowed = Borrowed()
         self._shape, self._ef, self._walks_per_head, self._key_bytes = shape, ef, walks_per_head, key_bytes
         self._recall, self._notes = recall, notes
         self.walked = Walked()
@@ -194,12 +195,17 @@ class RoarGraphIndex:
             notes=self._notes,
         )
         self._shared = child._shared = True
+        child._borrowed = Borrowed(vars(child._room).values())
         return child
 
     def nbytes(self) -> int:
         graphs = self._room
         of_node = (graphs.rows_THUS.shape[3] + 1) * graphs.metric_HUDD.shape[0] * graphs.metric_HUDD.shape[1]
         return 4 * self._tokens * of_node + graphs.entries_HUX.nbytes + graphs.metric_HUDD.nbytes + graphs.mean_HUD.nbytes
+
+    def borrowed_nbytes(self) -> int:
+        """All, until a key that was added joins: it changes the links of others, so that the graphs are then copied (and not built)."""
+        return self._borrowed.nbytes(vars(self._room).values())
 
     def scanned_bytes(self, tail: bool, k: int) -> int:
         """Keys that walks read and the rows that they went through, as measured by the searches so far: the mean."""

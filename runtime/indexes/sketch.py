@@ -32,7 +32,7 @@ from torch import Tensor
 from kvcompile.ir.indexes import BLOCK_TOKENS, RUN_AXES, RUNS_TOGETHER, SketchFacts
 from kvcompile.ir.policy import Select
 from kvcompile.runtime import native_sketch
-from kvcompile.runtime.indexes.index import Found, Keys, Prompt, RecentQueries
+from kvcompile.runtime.indexes.index import Borrowed, Found, Keys, Prompt, RecentQueries
 from kvcompile.runtime.indexes.restoring import MOST_TOKENS, borders, notes, permuted, shaped, share, soft_cap, whole
 from kvcompile.runtime.indexes.select import select_keys
 from kvcompile.runtime.indexes.sketch_basis import Basis, fit_basis
@@ -89,6 +89,7 @@ class SketchIndex:
         self.batch_ends = batch_ends
         self._first = first
         self._notes = notes
+        self._borrowed = Borrowed()
 
     @property
     def shape(self) -> tuple[int, int, int | None]:
@@ -210,11 +211,19 @@ class SketchIndex:
 
     def fork(self) -> SketchIndex:
         more = (self.parts, self.centres, self.gaps_HN, self.error_H, self.batch_ends)
-        return SketchIndex(self._first, self.basis, self.soft_cap, self._notes, self.scanned, self.chosen, *more)
+        child = SketchIndex(self._first, self.basis, self.soft_cap, self._notes, self.scanned, self.chosen, *more)
+        child._borrowed = Borrowed(child._held())
+        return child
 
     def nbytes(self) -> int:
-        others = self.gaps_HN.nbytes + self.error_H.nbytes
-        return self.basis.nbytes() + self.centres.nbytes() + others + sum(part.nbytes() for part in self.parts)
+        return sum(each.nbytes for each in self._held())
+
+    def borrowed_nbytes(self) -> int:
+        return self._borrowed.nbytes(self._held())
+
+    def _held(self) -> list[Tensor]:
+        of_parts = [tensor for each in (self.basis, self.centres, *self.parts) for tensor in vars(each).values()]
+        return [*of_parts, self.gaps_HN, self.error_H]
 
     def scanned_bytes(self, tail: bool, k: int) -> int:
         """As KeyIndex."""

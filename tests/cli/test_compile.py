@@ -243,7 +243,7 @@ def test_inspect_tells_what_a_session_file_holds(capsys: pytest.CaptureFixture[s
     answer_json(capsys, spec, "--prompt", "A long book.", "--max-new-tokens", "0", "--save-session", book)
     code, out, _ = answer(capsys, "inspect", book)
     assert code == 0
-    assert out.startswith(f"{book}: session, format 1, written by kvcompile ")
+    assert out.startswith(f"{book}: session, format 2, written by kvcompile ")
     assert "tokens: 12\n" in out and "every checksum is right" in out
     assert [line.split()[:3] for line in out.splitlines()[-3:]] == [["1", "1", "growable"], ["1", "1", "ring"], ["1", "2", "growable"]]
     book.write_bytes(book.read_bytes()[:-1])
@@ -258,8 +258,8 @@ def test_inspect_tells_what_a_session_file_holds(capsys: pytest.CaptureFixture[s
         (["--save-session", "x"], "--session and --save-session need a --prompt or a --prompt-file."),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens 0 reads the prompt only: say where to with --save-session."),
         (["--prompt", "x", "--session", "missing"], "missing: cannot be read: No such file or directory."),
-        (["--prompt", "x", "--save-session", "."], "--save-session .: it is a folder."),
-        (["--prompt", "x", "--save-session", "missing/x"], "--save-session missing/x: there is no folder missing."),
+        (["--prompt", "x", "--save-session", "."], ".: is a folder."),
+        (["--prompt", "x", "--save-session", "missing/x"], "missing/x: cannot be written: No such file or directory."),
         (["--prompt-file", "many.jsonl", "--save-session", "x"], "--save-session: there are 2 prompts, each with a session of its own."),
     ],
 )
@@ -273,4 +273,108 @@ def test_what_cannot_be_saved_or_continued_is_said_before_the_compile(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "many.jsonl").write_text('"one"\n"two"\n')
     code, _, err = answer(capsys, spec, *words)
+    assert code != 0 and told in " ".join(err.replace("│", " ").split())
+
+
+# --- prefixes ----------------------------------------------------------------------------------------------------------------------------
+
+
+SHARED = "prefix: {shared: [{name: rules, text: 'One rule. ', after: system}, {name: system, file: system.txt, default: true}]}\n"
+
+
+@pytest.fixture
+def shared_spec(spec: Path) -> Path:
+    (spec.parent / "system.txt").write_text("Be brief. ")
+    spec.write_text(SPEC + SHARED)
+    return spec
+
+
+def test_prompts_of_a_file_start_behind_a_prefix_that_is_read_once(
+    capsys: pytest.CaptureFixture[str], shared_spec: Path, tmp_path: Path
+) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text('"one"\n{"prompt": "three"}\n"four!"\n')
+    words = (shared_spec, "--prompt-file", many, "--max-new-tokens", "4")
+    found = answer_json(capsys, *words, "--prefix", "rules")
+    told = found["prefix"]
+    assert (told["name"], told["tokens_read_once"], told["prompts"], told["tokens_saved"]) == ("rules", 20, 3, 40)
+    assert told["shared_bytes"] == 3 * 20 * 2 * 8 * 4  # of four KV heads one keeps a ring, which is copied; float32
+    assert [made["prompt_tokens"] for made in found["generations"]] == [3, 5, 5]
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text("".join(json.dumps(f"Be brief. One rule. {each}") + "\n" for each in ("one", "three", "four!")))
+    apart = answer_json(capsys, shared_spec, "--prompt-file", whole, "--max-new-tokens", "4", "--prefix", "none")
+    assert "prefix" not in apart
+    assert [made["text"] for made in found["generations"]] == [made["text"] for made in apart["generations"]]
+    code, _, err = answer(capsys, *words)
+    assert code == 0
+    assert "kvcompile: reading prefix system: 10 tokens\n" in err
+    assert "prefix system: 10 tokens read once in " in err
+    assert "1.9 KiB that all sessions read where they lie; 3 prompts started behind it, 20 tokens were not read again\n" in err
+
+
+def test_progress_is_shown_while_a_long_prefix_is_read(capsys: pytest.CaptureFixture[str], shared_spec: Path) -> None:
+    words = (shared_spec, "--prompt", "x", "--max-new-tokens", "1", "--set", "prefill.chunk_tokens=4", "--prefix", "rules")
+    _, _, err = answer(capsys, *words)
+    read = [line for line in err.splitlines() if line.startswith("kvcompile: reading prefix rules: ")]
+    assert [line.split(": ")[2] for line in read] == ["20 tokens", *(f"{count} of 20 tokens" for count in (4, 8, 10, 14, 18))]
+    assert "1 prompt started behind it, 0 tokens were not read again" in err
+
+
+def test_a_prefix_is_saved_with_the_session_that_stands_behind_it(
+    capsys: pytest.CaptureFixture[str], shared_spec: Path, tmp_path: Path
+) -> None:
+    book = tmp_path / "book.session"
+    words = ("--prompt", "A book.", "--max-new-tokens", "0", "--save-session", book)
+    assert answer_json(capsys, shared_spec, *words)["generations"][0]["saved_session"]["tokens"] == 17
+    whole = answer_json(capsys, shared_spec, "--prompt", "A book. Who?", "--max-new-tokens", "6")["generations"][0]["text"]
+    asked = answer_json(capsys, shared_spec, "--session", book, "--prompt", " Who?", "--max-new-tokens", "6")
+    assert asked["generations"][0]["text"] == whole and "prefix" not in asked
+
+
+def test_the_plan_names_the_prefixes(capsys: pytest.CaptureFixture[str], shared_spec: Path) -> None:
+    code, out, err = answer(capsys, "plan", shared_spec, "--contexts", "1k")
+    assert code == 0, err
+    assert "prefix system (the default): 10 tokens, read once, 2.5 KiB for all sessions\n" in out
+    assert "prefix rules (after system): 10 tokens behind 10, read once, " in out
+    assert out.endswith(
+        "KV heads, those that keep all their past: measured on the machine when several sessions first step together (model.relay.reason)\n"
+    )
+    assert out == answer(capsys, shared_spec, "--show", "plan", "--contexts", "1k")[1]
+    set_off = answer(capsys, shared_spec, "--show", "plan", "--set", "prefix.relay=off")[1]
+    assert set_off.endswith("\nrelay off: the spec says so\n")
+    assert [each["name"] for each in answer_json(capsys, "plan", shared_spec)["plan"]["prefix"]["shared"]] == ["system", "rules"]
+
+
+@pytest.mark.parametrize(
+    ("section", "words", "told"),
+    [
+        (SHARED, ["--prefix", "rules"], "--prefix needs a --prompt or a --prompt-file."),
+        (SHARED, ["--prompt", "x", "--prefix", "rule"], "--prefix rule: the spec declares no prefix of this name (there are system, "),
+        (SHARED, ["--prompt", "x", "--prefix", "rule"], "Did you mean rules?"),
+        (SHARED, ["--prompt", "x", "--prefix", "zz"], "Name one of them, or none."),
+        ("", ["--prompt", "x", "--prefix", "rules"], "--prefix rules: the spec declares no prefix. Take it out."),
+        (
+            SHARED.replace(", default: true", ""),
+            ["--prompt", "x"],
+            "--prefix: the spec declares 2 prefixes, system, rules, and none is the default. Write --prefix system, or --prefix none.",
+        ),
+        (SHARED, ["--prompt", "x", "--session", "kept", "--prefix", "none"], "--prefix: what the session file holds has a past of its own"),
+        (SHARED.replace("system.txt", "sistem.txt"), ["--prompt", "x"], "sistem.txt cannot be read: No such file or directory."),
+    ],
+)
+def test_a_prefix_that_cannot_be_is_said_before_the_compile(
+    section: str,
+    words: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    shared_spec: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(**given: Any) -> None:
+        raise AssertionError("compiled first")
+
+    monkeypatch.setattr("kvcompile.compiler.compile", never)
+    monkeypatch.setattr("kvcompile.cli.compiling._check_session_files", lambda job: None)
+    shared_spec.write_text(SPEC + section)
+    code, _, err = answer(capsys, shared_spec, *words)
     assert code != 0 and told in " ".join(err.replace("│", " ").split())

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import toys
-from units import after, learnt, texts
+from units import after, before, learnt, texts
 
+from kvcompile.ir.plan import PlannedPrefix
 from kvcompile.ir.policy import SinkRecent
 from kvcompile.ir.show import difference
+from kvcompile.passes.build_zones import BuildZones
 
 RULES = [{"policy": "short"}, {"policy": "full", "layers": 0, "kv_heads": 1}, {"policy": "full", "layers": 2}]
 
@@ -48,3 +52,10 @@ def test_convolutions_keep_as_many_inputs_more_as_the_longest_rollback():
     assert [(each.site.path, each.kept_tokens) for each in plan.convolutions] == [("model.layers.0.conv", 8), ("model.layers.2.conv", 8)]
     assert [each.kept_tokens for each in after("build_zones", toys.lfm2("cac")).plan.convolutions] == [3, 3]
     assert after("build_zones", toys.gated()).plan.convolutions == ()
+
+
+@pytest.mark.parametrize("relay", ["off", "auto", "always"])
+def test_the_plan_carries_relay_and_prefixes(relay):
+    unit = replace(before("build_zones", toys.gated(inner=(16,)), prefix={"relay": relay}), prefixes=(PlannedPrefix("a", (1, 2)),))
+    plan = BuildZones().run(unit).plan
+    assert (plan.relay, plan.prefixes) == (relay, unit.prefixes)

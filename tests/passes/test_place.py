@@ -7,8 +7,10 @@ import toys
 from units import before, learnt, texts
 
 from kvcompile.ir.errors import CapacityError, SpecError
+from kvcompile.ir.plan import PlannedPrefix
 from kvcompile.ir.show import difference
 from kvcompile.ir.spec import Target
+from kvcompile.ir.unit import Unit
 from kvcompile.passes.place import DEFAULT_CAPACITY_TOKENS, Place
 
 RULES = [{"policy": "short", "kv_heads": 0}]
@@ -67,6 +69,44 @@ def test_a_plan_on_disk_needs_memory_for_a_block_and_the_staging_area():
     Place().run(replace(before("place", toys.llama(layers=2), target={"memory": fits}, **options), context_tokens=1 << 20))
     with pytest.raises(CapacityError, match=r"for one session of 1048576 tokens\), more than the declared"):
         Place().run(replace(before("place", toys.llama(layers=2), target={"memory": fits - 1}, **options), context_tokens=1 << 20))
+
+
+PREFIXES = (PlannedPrefix("a", (1,) * 40), PlannedPrefix("b", (2,) * 24, after="a", before=40, default=True), PlannedPrefix("c", (3,) * 16))
+
+
+def behind_prefixes(memory: int = 1 << 40) -> Unit:
+    shared = [{"name": each.name, "text": "x"} for each in PREFIXES]
+    unit = before("place", toys.llama(layers=2), prefix={"shared": shared}, target={"memory": memory})
+    return replace(unit, plan=replace(unit.plan, prefixes=PREFIXES), context_tokens=1024)
+
+
+def test_prefixes_that_a_session_does_not_stand_behind_need_memory_too():
+    fits = Place().run(behind_prefixes()).plan.weight_bytes + (1024 + 16) * 512  # a and b are part of the session
+    Place().run(behind_prefixes(fits))
+    with pytest.raises(CapacityError, match=r"for one session of 1024 tokens, 0 MiB for prefixes that it does not stand behind\)"):
+        Place().run(behind_prefixes(fits - 1))
+
+
+def test_what_forks_copy_is_not_shared_with_a_prefix():
+    """Everything of `full`, nothing of a ring; and without a default a session stands behind none."""
+    plan = Place().run(behind_prefixes()).plan
+    assert plan.lent_bytes(64) == 64 * 512 == plan.stored_bytes(64)
+    policies = {"short": {"zones": [{"sink_recent": {"sink_tokens": 4, "recent_tokens": 12}}]}}
+    rings = Place().run(before("place", toys.llama(layers=2), policies=policies, heads=[{"policy": "short"}])).plan
+    assert rings.lent_bytes(64) == 0 < rings.stored_bytes(64)
+    none = tuple(replace(each, default=False) for each in PREFIXES)
+    unit = behind_prefixes(plan.weight_bytes + (1024 + 64 + 16) * 512 - 1)
+    with pytest.raises(CapacityError):
+        Place().run(replace(unit, plan=replace(unit.plan, prefixes=none)))
+
+
+def test_a_prefix_leaves_room_for_a_token():
+    Place().run(replace(behind_prefixes(), plan=replace(behind_prefixes().plan, position_rows=65)))
+    with pytest.raises(SpecError) as caught:
+        Place().run(replace(behind_prefixes(), plan=replace(behind_prefixes().plan, position_rows=64)))
+    assert str(caught.value) == (
+        "<spec>: prefix.shared[1]: the prefix b ends after 64 tokens, and the model has learnt positions for 64.\n  Shorten it."
+    )
 
 
 @pytest.mark.parametrize(

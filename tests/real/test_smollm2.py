@@ -16,6 +16,7 @@ import torch
 
 import kvcompile
 from kvcompile.compiler import make_plan
+from kvcompile.data import text
 from kvcompile.ir.spec import ModelSource
 from kvcompile.models.load import open_model
 from kvcompile.runtime.model import CompiledModel
@@ -125,6 +126,23 @@ def test_256_greedy_tokens_are_those_of_transformers(full, eager, ids):
     assert found == out[0, 64:].tolist()
 
 
+@pytest.mark.parametrize("asked", [{}, {"num_beams": 4}, {"prompt_lookup_num_tokens": 5}], ids=["greedy", "beams", "guessed"])
+def test_transformers_generate_gives_the_originals_tokens(full, eager, ids, asked):
+    asked = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, **asked}
+    found = full.as_transformers().generate(ids[None, :64], **asked)
+    assert torch.equal(found, eager.generate(ids[None, :64], **asked))
+
+
+def test_transformers_generate_of_a_left_padded_batch(full, eager):
+    """Eight prompts of the carried text, of unequal length."""
+    full.tokenizer.padding_side = "left"
+    words = text().split()
+    batch = full.tokenizer([" ".join(words[100 * row : 100 * row + 5 + 7 * row]) for row in range(8)], padding=True, return_tensors="pt")
+    asked = {"max_new_tokens": 24, "do_sample": False}
+    found = full.as_transformers().generate(**batch, **asked)
+    assert torch.equal(found, eager.generate(**batch, **asked))
+
+
 def test_bfloat16_is_as_near_to_float32_as_eager_bfloat16(ids, expected_TV):
     compiled = kvcompile.compile(spec=spec("bfloat16"))
     with torch.no_grad():
@@ -205,6 +223,7 @@ MEASURE = """
 import json, sys
 import torch
 from kvcompile.compiler import make_plan
+from kvcompile.data import text
 from kvcompile.runtime.model import CompiledModel
 from kvcompile.runtime.native import NativeKernels
 from kvcompile.runtime.program import Program

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvcompile.ir.errors import SessionError
 from kvcompile.ir.indexes import BLOCK_TOKENS, SKETCH, index_facts, index_names
+from kvcompile.runtime.indexes import registry
 from kvcompile.runtime.indexes.balanced import balanced_order
 from kvcompile.runtime.indexes.index import KeyIndex, Prompt, RecentQueries
 from kvcompile.runtime.indexes.registry import index_kind, load_index, save_index
@@ -320,9 +321,11 @@ def test_a_file_holds_an_equal_index(case, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
-def test_an_index_of_a_kind_that_is_not_installed_is_named(tmp_path):
+def test_an_index_of_a_kind_that_is_not_installed_is_named(tmp_path, monkeypatch):
     _, index = indexes()[1]
-    save_index(tmp_path / "index", "elsewhere", index)
+    with monkeypatch.context() as patch:  # there it was
+        patch.setattr(registry, "index_kind", lambda _: index_kind("flat"))
+        save_index(tmp_path / "index", "elsewhere", index)
     with pytest.raises(SessionError, match=r"holds an index of a kind that is not installed .*elsewhere.*sketch.*\n  Install the package"):
         load_index(tmp_path / "index")
 

@@ -456,6 +456,8 @@ def test_a_wrong_call_is_refused_before_anything_is_written(kernels: Kernels, ch
         "table": reader.table.sites[0].clone(),
         "kv_heads": reader.heads.clone(),
         "out": torch.full((1, 5, site.query_heads, site.value_dim), -7.0),
+        "relay_sessions": 0,
+        "relay_tokens": 0,
     }
     change(arguments)
     with pytest.raises(RuntimeError, match=text):

@@ -7,6 +7,7 @@ python tests/sanitize/run.py --part X --isa I   one part of it, in this process,
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -21,15 +22,19 @@ from torch import Tensor
 from kvcompile.codegen.toolchain import Isa, Toolchain, find_toolchain, machine_isa, why_none
 from kvcompile.ir.policy import All, SinkRecent
 from kvcompile.ir.request import LinearRequest, Request
-from kvcompile.link import GEMV_TOKENS, build_kernels, build_lsh
+from kvcompile.link import GEMV_TOKENS, build_graphs, build_kernels, build_lsh
 from kvcompile.runtime import growable, native_lsh, ring
 from kvcompile.runtime.descriptor import DescribedPart, Descriptor
-from kvcompile.runtime.indexes import lsh_tables
+from kvcompile.runtime.indexes import lsh_tables, roargraph
 from kvcompile.runtime.layout import padded
 from kvcompile.runtime.native import NativeKernels
+from kvcompile.runtime.spans import Span
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 import native_lookup
+import test_relay
+import test_roargraph
 from native import Attention, Reader, Text, assert_right
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g")
@@ -57,6 +62,7 @@ SITES = {
     "bfloat16, rows": Attention("bfloat16", "bfloat16", 22, 20, 3, ((FIRST, All()), (SECOND, All())), key_layout="rows"),
     "float, rows": Attention("bfloat16", "float32", 17, 40, 1, ((FIRST, All()),), key_layout="rows"),
 }
+RELAYED = ("bf16_store", "pairs", "pairs_of_one", "int8")
 LINEARS = [LinearRequest("linears", "cpu", dtype, GEMV_TOKENS) for dtype in ("float32", "bfloat16")]
 
 
@@ -204,6 +210,45 @@ def hash_tables(_kernels: NativeKernels, isa: Isa) -> None:
     print("  hash tables", flush=True)
 
 
+def relays(kernels: NativeKernels, isa: Isa) -> None:
+    """Sessions that see together what they share, in buffers that end with their last token, and in several of them."""
+    for name in RELAYED:
+        for prefix, tails in ((257, (0, 1, 9)), (600, (0, 40, 300)), (1030, (3, 3, 256))):
+            family = test_relay.Family(name, lambda _: kernels, prefix, isa, room=400)
+            readers = [family.fork(tail=tail) for tail in tails]
+            readers.append(family.fork(readers[2], 3))
+            assert test_relay.step(readers) == len(readers) * family.see_all, (name, prefix)
+    print("  relays", flush=True)
+
+
+class ExactPast(test_roargraph.Past):
+    """Keys that end where their memory does, in two spans."""
+
+    def keys(self, first: int, end: int) -> list[Span]:
+        ends = first, min(max(400, first), end), end
+        exact = [(a, self.key_HTD[:, a:b].clone()) for a, b in itertools.pairwise(ends) if b > a]
+        return [Span(a, key_HTD, key_HTD) for a, key_HTD in exact]
+
+
+def graphs(_kernels: NativeKernels, isa: Isa) -> None:
+    """Graphs are built, grow, are cut, grow again, and find what was asked for; keys, queries and graphs end where their memory does."""
+    build_graphs(isa, _toolchain(), FLAGS)
+    for per, dim, dtype in (("kv_head", 48, torch.float32), ("query_head", 33, torch.bfloat16), ("kv_head", 80, torch.float16)):
+        given = test_roargraph.past(832, dim, dtype)
+        text = ExactPast(given.key_HTD, given.query_HGTD)
+        for first, end in ((3, 3), (3, 8), (64, 704)):
+            index = test_roargraph.build(text, first, end, neighbours=64, ef=80, per=per)
+            for kept in (1000, end):
+                index.rollback(kept)
+                while index.end + 32 <= 800:
+                    new_HTD = text.key_HTD[:, index.end : index.end + 32].clone()
+                    index.add(new_HTD, new_HTD)
+                    index.search(text.query_HGTD[:, :, index.end - 1].clone(), 20, "per_query_head", text.keys)
+            found = test_roargraph.recall(index, text, 20, range(800, 832, 4))
+            assert found > (0.85 if first == 64 else 0.4), (per, first, end, found)
+    print("  graphs", flush=True)
+
+
 def beyond_keys(kernels: NativeKernels, isa: Isa) -> None:
     """Must be reported: a descriptor of one token more than there is memory for; the 17th key is in a block of its own."""
     read_in(exact_reader(Text(SITES["float"], isa, 17), kernels, 16, claimed=1), 17, 17)
@@ -226,6 +271,8 @@ CLEAN = {
     "linears": linears,
     "lookups": lookups,
     "hash_tables": hash_tables,
+    "graphs": graphs,
+    "relays": relays,
 }
 REPORTED = {"beyond_keys": beyond_keys, "beyond_values": beyond_values, "beyond_ring": beyond_ring}
 Part = Callable[[NativeKernels, Isa], None]
@@ -242,11 +289,12 @@ def run_part(name: str, isa: Isa) -> None:
         "_aligned": lambda nbytes: nbytes,
         "release_tail": lambda _tail: 0,
     }
-    for module in (growable, ring):
+    for module in (growable, ring, roargraph):
         for word, function in exact.items():
             if hasattr(module, word):
                 setattr(module, word, function)
     wanted: dict[str, Request] = {request.key: request for site in SITES.values() for request in site.requests(isa)}
+    wanted |= {request.key: request for each in RELAYED for request in test_relay.EVERY[each].requests(isa)}
     wanted.update({request.key: request for request in (*LINEARS, *(site.request for site in native_lookup.SITES.values()))})
     kernels = build_kernels(list(wanted.values()), isa, toolchain, FLAGS)
     part: Part = {**CLEAN, **REPORTED}[name]

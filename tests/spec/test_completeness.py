@@ -58,8 +58,9 @@ def base(path, folder):
         spec["policies"]["mine"]["zones"] = [{"all": {"device": "disk"}}]
     if path[-1] in ("pattern", "share"):
         spec["heads"][1] |= {"pattern": str(folder / "p.yaml"), "share": "30%"}
-    if path[0] == "prefix":
-        spec["prefix"] = {"shared": [{"name": "a", "file": "b"}]} if "shared" in path else {}
+    if path[:2] == ("prefix", "shared"):
+        text = {"file": str(folder / "p.yaml")} if path[-1] == "file" else {"text": "a text"}
+        spec["prefix"] = {"shared": [{"name": "a", **text}, {"name": "system" if path[-1] == "after" else "b", "text": "another"}]}
     if "zones" in path:
         options = PAGES if path[-1] in ("pages", "page_tokens") else ZONES.get(path[4], {})
         spec["policies"]["mine"]["zones"] = [{path[4]: copy.deepcopy(options)}]
@@ -98,7 +99,7 @@ def test_every_field_changes_the_spec_or_is_refused_by_name(path, tmp_path):
     write_pattern(tmp_path / "p.yaml", model="toy", scores=[[0.1, 0.9]])
     write_pattern(tmp_path / "q.yaml", model="toy", scores=[[0.2, 0.9]])
     plain = outcome(base(path, tmp_path))
-    examples = [tmp_path / "q.yaml"] if path[-1] == "pattern" else [2] if path == ("kvcompile",) else LEAVES[path]
+    examples = [tmp_path / "q.yaml"] if path[-1] in ("pattern", "file") else [2] if path == ("kvcompile",) else LEAVES[path]
     assert examples, "a field without examples"
     changed = False
     for example in examples:

@@ -297,7 +297,6 @@ def test_rules_are_compared_with_the_model(folder, heads, message):
             f"{SINK}, device: cpu}}}}",
             "policies.mine.device: cpu is the target's device already: it changes nothing.\n  Take it out, or write device: disk.",
         ),
-        ("prefix: {relay: auto}", "s.yaml:2: prefix: a prefix shared by several sessions is not built in kvcompile 0.1.0.\n  Take it out."),
         (
             "output: {directory: x, formats: [artifact]}",
             "s.yaml:2: output.formats[0]: output format artifact is not built in kvcompile 0.1.0.\n  Built: report.",

@@ -26,42 +26,26 @@ constexpr int kColumns = kRegisters >= 32 ? 8 : 2;  // vectors of a value added 
 constexpr int kColumnsUsed = kVectors < kColumns ? (kVectors ? kVectors : 1) : kColumns;
 constexpr int kValueRows = kRegisters >= 32 ? 24 / kColumnsUsed : 2;
 
-// sum[m][b] = query[m] . key, for 16 keys in each of B blocks.
-template <int M, int B>
-KVC_INLINE void multiply_blocks(const float *query, const Stored *key, Floats (&sum)[M][B]) {
-  constexpr int kStep = kPairs ? 2 : 1;  // channels in a vector
-#pragma GCC unroll 2
-  for (int d = 0; d < kHeadDim; d += kStep, key += kStep * kBlockTokens) {
-    Bits lanes[B];
-    for (int b = 0; b < B; b++) {
-      prefetch(key + b * kBlockTokens * kHeadDim);
-      lanes[b] = load_bits(key + b * kBlockTokens * kHeadDim);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-      for (int step = 0; step < kStep; step++) {
-        const Floats channel = splat(query[m * kHeadDim + d + step]);
-        for (int b = 0; b < B; b++) sum[m][b] += channel * (!kPairs ? (Floats)lanes[b] : step ? odd(lanes[b]) : even(lanes[b]));
-      }
-  }
-}
-
 // logits[m][t] = query[m] . key[t] for the tokens of a piece.
 template <int M>
 void multiply_keys(const float *query, const KvcPiece &piece, float *logits) {
+  const int64_t ahead = tokens_before_end<Stored>(piece, kHeadDim);
   for (int64_t done = 0; done < piece.tokens;) {
     const int64_t slot = piece.slot + done, lane = slot % kBlockTokens, left = piece.tokens - done;
     const Stored *key = (const Stored *)piece.key + (slot - lane) * kHeadDim;
     if (lane == 0 && left >= kBlocks * kBlockTokens) {
       Floats sum[M][kBlocks] = {};
-      multiply_blocks<M, kBlocks>(query, key, sum);
+      if (done < ahead)
+        multiply_blocks<true, Stored, kHeadDim>(query, key, sum);
+      else
+        multiply_blocks<false, Stored, kHeadDim>(query, key, sum);
       for (int m = 0; m < M; m++)
         for (int b = 0; b < kBlocks; b++) store(logits + m * kChunkTokens + done + b * kBlockTokens, sum[m][b]);
       done += kBlocks * kBlockTokens;
       continue;
     }
     Floats sum[M][1] = {};  // a block of which not every lane belongs to the piece
-    multiply_blocks<M, 1>(query, key, sum);
+    multiply_blocks<false, Stored, kHeadDim>(query, key, sum);
     const int64_t lanes = left < kBlockTokens - lane ? left : kBlockTokens - lane;
     for (int m = 0; m < M; m++) std::memcpy(logits + m * kChunkTokens + done, (const float *)&sum[m][0] + lane, lanes * sizeof(float));
     done += lanes;
@@ -75,19 +59,10 @@ void add_values(const float *weights, const KvcPiece &piece, int first, float *o
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++) sum[m][c] = load(out + m * kValueDim + (first + c) * 16);
   const Stored *value = (const Stored *)piece.value + piece.slot * kValueDim + first * 16;
-  for (int64_t t = 0; t < piece.tokens; t++, value += kValueDim) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; c += kPairs ? 2 : 1) {
-      prefetch(value + c * 16);
-      const Bits lanes = load_bits(value + c * 16);
-#pragma GCC unroll 24
-      for (int m = 0; m < M; m++) {
-        const float weight = weights[m * kChunkTokens + t];
-        sum[m][c] += weight * (kPairs ? even(lanes) : (Floats)lanes);
-        if constexpr (kPairs) sum[m][c + 1] += weight * odd(lanes);
-      }
-    }
-  }
+  int64_t ahead = tokens_before_end<Stored>(piece, kValueDim);
+  ahead = ahead < 0 ? 0 : ahead < piece.tokens ? ahead : piece.tokens;
+  add_tokens<true, Stored, kValueDim>(weights, value, 0, ahead, sum);
+  add_tokens<false, Stored, kValueDim>(weights, value, ahead, piece.tokens, sum);
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++) store(out + m * kValueDim + (first + c) * 16, sum[m][c]);
 }
@@ -107,8 +82,9 @@ void hide(const KvcPiece &piece, int64_t position, float *logits) {
 }
 
 void attend(const KvcQueries *queries, const KvcPiece *pieces, int64_t count, const KvcState *state) {
-  alignas(64) float query[kRows * kHeadDim], logits[kRows * kChunkTokens], out[kRows * kValueDim] = {};
+  alignas(64) float query[kRows * kHeadDim], logits[kRows * kChunkTokens], out[kRows * kValueDim];
   const int rows = (int)queries->tokens * kQueries;
+  std::memset(out, 0, rows * kValueDim * sizeof(float));
   static thread_local Unpacked<Kept, kHeadDim, kValueDim, 2, 32> unpacked;
   pieces = unpacked.read(pieces, count);
   for (int row = 0; row < rows; row++) {
