@@ -6,14 +6,16 @@ Keys, values and queries are those of one global layer of Gemma-3-270M reading a
 256); of longer contexts keys and values are drawn from these with replacement, each with noise of a tenth of its channel's standard
 deviation.  Of N tokens an index covers the first seven eighths from token 64 on; positions of the text's last eighth ask for 100 keys with
 their 4 query heads.  Every kind is asked with growing effort (`ef`, `probe`) until it finds 95 % of the right keys, or has no more to give;
-what is timed is the search of one position, `KeyIndex.search`, kinds taking turns, medians.  The sketch searches here in torch; what its
-C++ kernel takes with attention and all is in the last line of each size: the kernel's call at this layer, window, chosen rows and tail
+what is timed is the search of one position, `KeyIndex.search`, kinds taking turns, medians.  flat, ivf and sketch search in torch,
+roargraph and hnsw in C++; so beside them stands a plain scan of all keys in C++, which finds them exactly.  What the sketch's C++
+kernel takes with attention and all is in the last line of each size: the kernel's call at this layer, window, chosen rows and tail
 included, beside the same of full attention.  hnsw is left out where hnswlib is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +36,7 @@ from kvcompile.link import build_graphs
 from kvcompile.runtime.indexes.index import KeyIndex, Prompt
 from kvcompile.runtime.indexes.registry import index_kind
 from kvcompile.runtime.model import PackedCall
+from kvcompile.runtime.native_graph import graph_library
 from kvcompile.runtime.query_sample import QuerySample
 from kvcompile.runtime.spans import Span
 
@@ -44,6 +47,7 @@ EFFORT: dict[str, tuple[str, tuple[int, ...]]] = {
     "hnsw": ("ef", (100, 200, 400, 800, 1600, 3200)),
     "ivf": ("probe", (8, 16, 32, 64, 128, 256, 512)),
 }
+SCAN = "scan in C++"
 OPTIONS: dict[str, dict[str, Any]] = {
     "flat": {},
     "roargraph": {},
@@ -138,13 +142,16 @@ def least_effort(past: Past, name: str, index: KeyIndex) -> tuple[KeyIndex, str,
 
 
 def search_times(past: Past, indexes: Mapping[str, KeyIndex]) -> dict[str, float]:
-    """Median milliseconds of a search of one position."""
-    seconds: dict[str, list[float]] = {name: [] for name in indexes}
+    """Median milliseconds of a search of one position; SCAN: of a plain scan of all keys in C++."""
+    limit_N = torch.full((past.group,), past.covered.tokens)
+    searches: dict[str, Callable[[int], object]] = {name: functools.partial(past.search, index) for name, index in indexes.items()}
+    searches[SCAN] = lambda number: graph_library().exact([past.covered], past.asked_HGND[:, :, number], limit_N, K)
+    seconds: dict[str, list[float]] = {name: [] for name in searches}
     for turn in range(ROUNDS):
-        for name, index in indexes.items():
+        for name, search in searches.items():
             for number in range(turn % 2, ASKED, 2):
                 started = time.perf_counter()
-                past.search(index, number)
+                search(number)
                 seconds[name].append(time.perf_counter() - started)
     return {name: median(each) * 1e3 for name, each in seconds.items()}
 
@@ -205,12 +212,13 @@ def main() -> None:
             indexes[name], effort, found = least_effort(past, name, index)
             rows[name] = {"effort": effort, "recall@100": round(found, 4), "build, seconds": round(built, 2)}
         times = search_times(past, indexes)
-        for name in names:
-            row = rows[name]
-            row |= {"search, milliseconds": times[name], "times below flat": times["flat"] / times[name]}
+        rows[SCAN] = {"effort": "", "recall@100": 1.0, "build, seconds": 0.0}
+        for name, row in rows.items():
+            row |= {"search, milliseconds": times[name], **{f"times below {other}": times[other] / times[name] for other in ("flat", SCAN)}}
             print(
-                f"{tokens:7,d} tokens  {name:10s} {row['effort']:10s} recall@100 {row['recall@100']:.3f}  "
-                f"{times[name]:8.3f} ms  {times['flat'] / times[name]:5.1f} times below flat  built in {row['build, seconds']:.1f} s",
+                f"{tokens:7,d} tokens  {name:11s} {row['effort']:10s} recall@100 {row['recall@100']:.3f}  {times[name]:8.3f} ms  "
+                f"{times['flat'] / times[name]:5.1f} times below flat, {times[SCAN] / times[name]:5.2f} below the {SCAN}  "
+                f"built in {row['build, seconds']:.1f} s",
                 flush=True,
             )
         attention = attention_times(given.layer, past)
