@@ -180,7 +180,7 @@ class Programs(RuleBasedStateMachine):
         sequence.highest = max(sequence.highest, len(sequence.session))
         self.answers.append((sequence.calls, answer))
 
-    @initialize(target=sessions, count=COUNT, seed=SEED)
+    @initialize(target=sessions, count=st.one_of(COUNT, LONG), seed=SEED)
     def first(self, count: int, seed: int) -> Any:
         opened = self.session()
         self.prefill(self.living[0], count, seed)
@@ -218,6 +218,12 @@ class Programs(RuleBasedStateMachine):
         answers = self.model.step([each.session for each in batch], tokens)
         for each, token, answer in zip(batch, tokens, answers, strict=True):
             self._answered(each, "step", [token], answer)
+
+    @precondition(lambda programs: len(programs.living) > 1)
+    @rule(seed=SEED)
+    def step_all(self, seed: int) -> None:
+        """Forks step beside their parents here, which a draw of a few of all sessions seldom has."""
+        self.batch_step(self.living, seed)
 
     @rule(sequence=sessions, count=st.integers(1, ROLLBACK))
     def rollback(self, sequence: Sequence, count: int) -> None:
@@ -280,10 +286,11 @@ def try_programs(count: int, model: CompiledModel, check: Check, folder: Path, *
     chosen: other settings of hypothesis.
     """
     done: Counter[str] = Counter()
+    alike = settings.get_profile("default")  # where CI is set hypothesis loads another one
     usual: dict[str, Any] = {"stateful_step_count": 10, "phases": (Phase.generate, Phase.shrink)}
     fixed: dict[str, Any] = {"derandomize": True, "database": None, "deadline": None, "report_multiple_bugs": False}
     run_state_machine_as_test(
-        lambda: Programs(model, check, folder, done), settings=settings(max_examples=count, **(usual | fixed | chosen))
+        lambda: Programs(model, check, folder, done), settings=settings(alike, max_examples=count, **(usual | fixed | chosen))
     )
     return done
 
@@ -300,19 +307,19 @@ def _nothing_in_the_repository(tmp_path):
 
 
 def test_what_a_session_answers_depends_on_its_tokens_alone(tmp_path):
-    """With relay wherever sessions share 256 tokens, which some programs come to."""
+    """With relay wherever sessions share 256 tokens, as a tenth of the programs' first sessions and their forks do."""
     model = compiled("exact")
     model = model.with_plan(replace(model.plan, relay="always"))
     done = try_programs(200, model, check_tokens, tmp_path)
     assert model.relay.shared > 0 or model.kernels == NO_KERNELS
     operations = {"fork", "prefill", "step", "batch_step", "rollback", "drop", "save", "restore"}
-    assert min(done[operation] for operation in operations) > 10, done
-    assert done["most"] == SESSIONS and done["long"] > 20 and done["indexes"] > 10
+    assert min(done[operation] for operation in operations) > 5, done
+    assert done["most"] == SESSIONS and done["long"] > 20 and done["indexes"] > 3
     assert done["checked"] > 180  # of the others hypothesis stopped the draw
 
 
 def test_what_learns_from_its_calls_depends_on_them_alone(tmp_path):
-    done = try_programs(40, compiled("learnt"), check_calls, tmp_path)
+    done = try_programs(80, compiled("learnt"), check_calls, tmp_path)
     assert min(done[name] for name in ("fork", "restore", "rollback", "long", "indexes")) > 0
 
 
@@ -323,7 +330,7 @@ def test_a_mistake_is_found_and_told_by_a_short_program(tmp_path, monkeypatch):
         try_programs(1000, compiled("window"), check_tokens, tmp_path, stateful_step_count=8)
     told = "\n".join(caught.value.__notes__)
     steps = [line for line in told.splitlines() if ")" in line and not line.endswith(("Programs()", "state.teardown()"))]
-    assert len(steps) <= 5 and sum("state.fork(" in line for line in steps) == 1
+    assert len(steps) <= 8 and sum("state.fork(" in line for line in steps) == 1
 
 
 def test_oracle_2_finds_it_too(tmp_path, monkeypatch):
