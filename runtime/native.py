@@ -1,7 +1,7 @@
 """The C++ kernels of a compiled model, as the sessions call them: one operator a site, whatever its policies and sessions.
 
 Python says once a call where every store's positions lie; appending, attending and merging happen in the operator
-`kvc_native::attend` (codegen/cpp/launcher.cpp).
+`kvc_native::attend` (codegen/cpp/attend_operator.cpp).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 def expected_skips() -> dict[str, str]:
-    """Pattern of test ids -> why the skip is right.  A line is `PATTERN | REASON`."""
+    """Pattern of `ID: WHY`, as `unexpected_skips` tells skips -> why the skip is right.  A line is `PATTERN | REASON`."""
     found = {}
     for line in EXPECTED.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
@@ -76,7 +76,7 @@ def expected_skips() -> dict[str, str]:
 
 def unexpected_skips(skipped: dict[str, str]) -> dict[str, str]:
     patterns = expected_skips()
-    return {test: why for test, why in skipped.items() if not any(fnmatch(test, pattern) for pattern in patterns)}
+    return {test: why for test, why in skipped.items() if not any(fnmatch(f"{test}: {why}", pattern) for pattern in patterns)}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

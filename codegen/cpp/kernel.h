@@ -10,8 +10,9 @@
 #include <cstdint>
 
 constexpr int64_t kBlockTokens = 16;
-constexpr int64_t kRowsAtOnce = 6;     // rows that share what is loaded of keys and values that many rows see
-constexpr int64_t kChunkTokens = 256;  // keys under one softmax: a chunk's state is merged with the next one's
+constexpr int64_t kRowsAtOnce = 6;        // rows that share what is loaded of keys and values that many rows see
+constexpr int64_t kChunkTokens = 256;     // keys under one softmax: a chunk's state is merged with the next one's
+constexpr int64_t kPrefetchBytes = 8192;  // so far ahead memory is asked for: vector.h
 
 // Keys and values of one KV head at contiguous positions.
 struct KvcPiece {

@@ -16,6 +16,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // The kernel that was loaded under a key, or null.
+const KvcAttendKernel *find_attend_kernel(uint64_t key);
 const KvcLookupKernel *find_lookup_kernel(uint64_t key);
 
 namespace {

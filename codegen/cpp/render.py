@@ -25,10 +25,10 @@ HEADERS = (
     "attend_rows.h",
     "lookup.h",
 )
-LAUNCHER = ("launcher.cpp", "lookup_operator.cpp", "sketch_build.cpp")
-GRAPH = ("vector.h", "on_threads.h", "roargraph.cpp")
-HASH_TABLES = ("vector.h", "on_threads.h", "lsh.cpp")
-LAUNCHER_HEADERS = ("kernel.h", "stores.h", "relay.h", "operators.h", "lookup_head.h")
+LAUNCHER = ("launcher.cpp", "attend_operator.cpp", "lookup_operator.cpp", "sketch_build.cpp")
+GRAPH = ("kernel.h", "vector.h", "on_threads.h", "roargraph.cpp")
+HASH_TABLES = ("kernel.h", "vector.h", "on_threads.h", "lsh.cpp")
+LAUNCHER_HEADERS = ("kernel.h", "stores.h", "relay.h", "operators.h", "attend_call.h", "lookup_head.h")
 _TYPES = {"float32": "float", "bfloat16": "Bfloat16"}
 _ROWS_LIMIT = 256  # queries that share a KV head: their logits of a chunk of keys stand on the stack
 

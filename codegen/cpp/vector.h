@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel.h"
+
 #define KVC_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -239,5 +241,4 @@ KVC_INLINE Floats tanh_of(Floats x) {
 
 // A line of memory that is wanted soon, into the second cache: into the first one, the few misses that it can have under way
 // are the limit (measured: 89 % of a pure read's speed against 49 %; 8 and 16 KiB ahead are equal).
-constexpr int64_t kPrefetchBytes = 8192;
 KVC_INLINE void prefetch(const void *at) { __builtin_prefetch((const char *)at + kPrefetchBytes, 0, 2); }
