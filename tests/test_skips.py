@@ -15,7 +15,10 @@ HERE = Path(__file__).parent
 BY_ID, BY_REASON, ANOTHER = "test_it.py::test_gpu*", "*: Skipped: no G*", "*: Skipped: no compiler*"
 
 
-@pytest.mark.parametrize(("listed", "ci", "code"), [("", "true", 1), (ANOTHER, "true", 1), (BY_ID, "true", 0), (BY_REASON, "true", 0), ("", "", 0)])
+CASES = [("", "true", 1), (ANOTHER, "true", 1), (BY_ID, "true", 0), (BY_REASON, "true", 0), ("", "", 0)]
+
+
+@pytest.mark.parametrize(("listed", "ci", "code"), CASES)
 def test_an_unlisted_skip_fails_in_ci_only(tmp_path: Path, listed: str, ci: str, code: int) -> None:
     (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())
     (tmp_path / "expected_skips.txt").write_text(f"{listed} | no GPU here\n" if listed else "")
