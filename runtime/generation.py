@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvcompile.ir.errors import CapacityError, KvcompileError, Problem, SessionError
+from kvcompile.ir.texts import surrogate_problem
 from kvcompile.runtime.prefix import chat_ids
-from kvcompile.runtime.session import Session, Tokens, as_token_ids
+from kvcompile.runtime.session import Session, Tokens, as_token_ids, whole_number
 
 if TYPE_CHECKING:
     from kvcompile.runtime.model import CompiledModel
@@ -74,12 +75,13 @@ def complete(
     first prompt is read, for one longer than a model with learnt positions can read, CapacityError where the disk has no room for all of
     them, or `target.memory` none for them and answers of `max_new_tokens`.
     """
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, "Ask for at least one token.")
     if max_new_tokens < (1 if session is None else 0):
         mend = "Ask for at least one token, or give a session to read the prompt."
         raise SessionError(Problem("max_new_tokens", f"{max_new_tokens} is less than {1 if session is None else 0}.", mend))
-    if not 0 <= temperature < math.inf:
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
         mend = "0 is greedy; 1 samples the model's distribution."
-        raise SessionError(Problem("temperature", f"{temperature} is not a number from 0 on.", mend))
+        raise SessionError(Problem("temperature", f"{temperature!r} is not a number from 0 on.", mend))
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:
         raise SessionError(Problem("stop", "an empty text ends every answer at once.", "Take it out."))
@@ -88,6 +90,8 @@ def complete(
             if given:
                 raise SessionError(Problem(option, "the model has no tokenizer, so there is no text.", _TOKENIZER_MEND))
     many = are_prompts(prompt)
+    if isinstance(prompt, list | tuple) and not prompt:
+        raise SessionError(Problem("prompt", "there is none.", "Give a text, token ids, or a list of prompts."))
     prompts: list[Any] = list(cast(Prompts, prompt)) if many else [prompt]
     sessions, seeds = (_one_each(name, given, len(prompts), many) for name, given in (("session", session), ("seed", seed)))
     if len({id(each) for each in sessions if each is not None}) < len(sessions) - sessions.count(None):
@@ -99,7 +103,7 @@ def complete(
     for number, (each, own, its_seed) in enumerate(zip(prompts, sessions, seeds, strict=True)):
         reading = model.session(prefix=prefix) if own is None else own  # an empty session is false
         ids = _prompt_ids(model, each, chat, reading.tokens, f"prompts[{number}]" if many else None)
-        generator = torch.Generator().manual_seed(model.spec.seed if its_seed is None else its_seed)
+        generator = _generator(model.spec.seed if its_seed is None else its_seed)
         shown, told = (call if call is None or not many else partial(call, number) for call in (on_text, on_chunk))
         answers.append(_Answer(model, ids, own, reading, temperature, generator, TextWriter(model.tokenizer, stop, shown), told))
     _check_room(answers, many)
@@ -210,6 +214,14 @@ class _Answer:
         return Generation(self._text, tokens, self.prompt_tokens, self._prefill_s, self._decode_s, stored, self._stopped)
 
 
+def _generator(seed: Any) -> torch.Generator:
+    mend = "Give a whole number from 0 to 2^63 - 1."
+    seed = whole_number("seed", seed, mend)
+    if not 0 <= seed < 1 << 63:
+        raise SessionError(Problem("seed", f"{seed} is out of range.", mend))
+    return torch.Generator().manual_seed(seed)
+
+
 def _check_room(answers: Sequence[_Answer], many: bool) -> None:
     """As Session.check_room, of all prompts together."""
     try:
@@ -287,6 +299,9 @@ def _prompt_ids(model: CompiledModel, prompt: Prompt, chat: bool, past: Sequence
     if model.tokenizer is None:
         mend = "Give token ids, or pass tokenizer= to kvcompile.compile."
         raise SessionError(Problem(where or "prompt", "the model has no tokenizer.", mend))
+    broken = surrogate_problem(prompt, where or "prompt")
+    if broken is not None:
+        raise SessionError(broken)
     if chat and getattr(model.tokenizer, "chat_template", "") is None:
         mend = "Write the prompt as the model was trained to read it."
         raise SessionError(Problem("chat", "this model has no chat template.", mend))
@@ -304,7 +319,7 @@ def _prompt_ids(model: CompiledModel, prompt: Prompt, chat: bool, past: Sequence
 def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    weights = torch.softmax(logits / temperature, dim=-1)
+    weights = torch.softmax((logits - logits.max()).double() / temperature, dim=-1)
     return int(torch.multinomial(weights, 1, generator=generator))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, NoReturn, SupportsIndex, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ from kvcompile.runtime.static import StaticStore
 from kvcompile.runtime.store import KVStore, RowStore
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompiledModel:
     """The decoder that `kvcompile.compile` returns.  Holds no sequence's state; `session()` makes one.
 
@@ -80,6 +80,14 @@ class CompiledModel:
     explanation: Callable[[CompiledModel], str] | None = None
     transformers_face: Callable[[CompiledModel], Any] | None = None
     prefixes: ReadPrefixes = field(init=False, repr=False, compare=False, default_factory=ReadPrefixes)
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({self.name!r}, {len(self.plan.sites)} attention sites, {self.plan.weight_bytes} bytes of weights)"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Neither copied nor pickled: what it holds is code, and memory that its sessions share."""
+        mend = "Share it, it holds no sequence's state; another process compiles the spec again, and finds its binaries in the cache."
+        raise SessionError(Problem("compiled model", "it can be neither copied nor pickled.", mend))
 
     @property
     def chunk_tokens(self) -> int:
@@ -200,6 +208,14 @@ class CompiledModel:
 
     def step(self, sessions: Sequence[Session], tokens: Tokens) -> Tensor:
         """One token for each session, in one pass; lengths may differ.  Returns float32 `[sessions, vocabulary]`."""
+        mend = "Give a list of sessions, and one token for each of them."
+        if isinstance(sessions, Session) or not all(isinstance(session, Session) for session in sessions):
+            other = sessions if isinstance(sessions, Session) else next(each for each in sessions if not isinstance(each, Session))
+            raise SessionError(Problem("step", f"a {type(other).__name__} stands where a list of sessions is wanted.", mend))
+        if not sessions:
+            raise SessionError(Problem("step", "there is no session.", mend))
+        if isinstance(tokens, list | tuple) and any(isinstance(token, list | tuple) for token in tokens):
+            raise SessionError(Problem("step", "a list of tokens stands where one token of a session is wanted.", mend))
         ids = as_token_ids(tokens, self.vocabulary)
         if len(ids) != len(sessions):
             raise SessionError(Problem("step", f"{len(ids)} tokens for {len(sessions)} sessions.", "Give one token for each session."))
@@ -232,8 +248,8 @@ class CompiledModel:
 
         Prompts of a list may differ in length; their answers get a token each in every pass.  Each prompt draws from a generator of
         its own with the same seed, so that its answer is the one that it gets alone: to the bit under target.deterministic, else as far
-        as logits that agree to rounding (1e-5 in float32) choose the same token.  session is then a list with one for each, seed may
-        be; on_text and on_chunk get the prompt's number first.
+        as logits that agree to rounding (1e-5 in float32) choose the same token.  session is then a list with one for each; seed may be
+        one too, as several answers to one prompt want it; on_text and on_chunk get the prompt's number first.
         Raises SessionError without a tokenizer; `complete` gives tokens.
         """
         return generate(self, prompt, **options)

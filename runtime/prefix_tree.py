@@ -195,7 +195,7 @@ class PrefixTree:
 
         Raises SessionError for a session that this tree has not given, or one that is broken.
         """
-        given = self._given.get(session)
+        given = self._given.get(session) if isinstance(session, Session) else None
         if given is None:
             what = "this tree did not give the session, or was cleared since."
             raise SessionError(Problem("keep", what, "Keep the session that open or session_for returned, not a fork of it."))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,6 +50,16 @@ def as_token_ids(tokens: Tokens, vocabulary: int | None = None) -> Tensor:
         wrong = low if low < 0 else high
         raise SessionError(Problem("tokens", f"token id {wrong} is not in the vocabulary (0 to {(vocabulary or 0) - 1}).", mend))
     return ids
+
+
+def whole_number(where: str, value: SupportsIndex, mend: str) -> int:
+    """The int that `value` is (an int, or what stands for one, such as numpy's).  Raises SessionError for anything else."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError) as error:
+        raise SessionError(Problem(where, f"{value!r} is not a whole number.", mend)) from error
 
 
 class Session:
@@ -137,6 +148,12 @@ class Session:
         stores = [[store.fork() for store in stores] for stores in self._stores]
         return Session(self.model, stores, self.convolutions, list(self.tokens))
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Neither copied nor pickled: two sessions would write to the same stores."""
+        raise SessionError(
+            Problem("session", "it can be neither copied nor pickled.", "Call fork() for a second one, save(path) for a file.")
+        )
+
     def hand_over(self) -> Session:
         """A session that takes all that this one holds, and outlives it; this one goes on as a fork of it."""
         child = self.fork()
@@ -146,7 +163,11 @@ class Session:
         return taken
 
     def can_rollback(self, tokens: int) -> Problem | None:
-        """What stands against taking back the last `tokens` tokens; None if nothing does.  Changes nothing."""
+        """What stands against taking back the last `tokens` tokens; None if nothing does.  Changes nothing.
+
+        Raises SessionError for what is not a whole number.
+        """
+        tokens = whole_number("rollback", tokens, "Give how many tokens to take back.")
         if not 0 <= tokens <= len(self):
             return Problem("rollback", f"cannot take back {tokens} of {len(self)} tokens.", f"Give a number from 0 to {len(self)}.")
         held: list[KVStore | ConvolutionState] = [*(store for stores in self._stores for store in stores), *self.convolutions]
@@ -159,6 +180,7 @@ class Session:
         (`rollback: n` in a streaming policy makes its rings hold n more tokens, in any policy the convolutions n more inputs).
         """
         self.check_usable()
+        tokens = whole_number("rollback", tokens, "Give how many tokens to take back.")
         problem = self.can_rollback(tokens)
         if problem is not None:
             raise SessionError(problem)
@@ -175,6 +197,8 @@ class Session:
         does, what stood at `path` is as it was.  Anybody who may read the file may read the text.
         Raises SessionError where the file cannot be written, and for a store of a kind that no file keeps.
         """
+        if not isinstance(path, str | Path):
+            raise SessionError(Problem("save", f"a {type(path).__name__} is no path.", "Give the file's name, a str or a Path."))
         save_session(self, path)
 
     def nbytes(self) -> int:

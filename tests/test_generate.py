@@ -218,6 +218,13 @@ def test_each_chunk_of_the_prompt_is_told(model):
     [
         ({"max_new_tokens": -1}, "max_new_tokens: -1 is less than 0.\n  Ask for at least one token, or give a session to read the prompt."),
         ({"temperature": -0.5}, "temperature: -0.5 is not a number from 0 on.\n  0 is greedy; 1 samples the model's distribution."),
+        ({"temperature": "1"}, "temperature: '1' is not a number from 0 on.\n  0 is greedy; 1 samples the model's distribution."),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: 2.5 is not a whole number.\n  Ask for at least one token."),
+        ({"max_new_tokens": None}, "max_new_tokens: None is not a whole number.\n  Ask for at least one token."),
+        ({"max_new_tokens": True}, "max_new_tokens: True is not a whole number.\n  Ask for at least one token."),
+        ({"seed": "a"}, "seed: 'a' is not a whole number.\n  Give a whole number from 0 to 2^63 - 1."),
+        ({"seed": -1}, "seed: -1 is out of range.\n  Give a whole number from 0 to 2^63 - 1."),
+        ({"seed": 1 << 70}, f"seed: {1 << 70} is out of range.\n  Give a whole number from 0 to 2^63 - 1."),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_read(model, options, told):
@@ -232,8 +239,20 @@ def test_an_empty_prompt_is_refused(model):
     with pytest.raises(SessionError) as caught:
         model.generate("")
     assert str(caught.value) == "prompt: the prompt is empty.\n  Give at least one token."
-    with pytest.raises(SessionError, match="tokens: there is no token"):
+    with pytest.raises(SessionError) as caught:
         model.generate([])
+    assert str(caught.value) == "prompt: there is none.\n  Give a text, token ids, or a list of prompts."
+
+
+def test_half_a_character_is_refused_by_its_place(model):
+    with pytest.raises(SessionError) as caught:
+        model.generate(["whole", "caf\ud83d ok"])
+    told = "prompts[1]: character 3 is half of a character (a surrogate, U+D83D).\n  Write the whole character, or leave it out."
+    assert str(caught.value) == told
+
+
+def test_the_smallest_temperature_is_greedy(model):
+    assert model.generate("ab", max_new_tokens=6, temperature=5e-324) == model.generate("ab", max_new_tokens=6)
 
 
 def test_text_needs_a_tokenizer(model):

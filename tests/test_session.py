@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
+import pickle
 import warnings
 
 import pytest
@@ -605,6 +607,64 @@ def test_as_many_tokens_as_sessions(full):
     with pytest.raises(SessionError) as caught:
         full.step([full.session()], [1, 2])
     assert str(caught.value) == "step: 2 tokens for 1 sessions.\n  Give one token for each session."
+
+
+STEP_MEND = "Give a list of sessions, and one token for each of them."
+
+
+def test_a_step_of_many_wants_sessions(full):
+    read = full.session()
+    read.prefill([1, 2, 3])
+    for wrong, told in (
+        (read, "a Session stands where a list of sessions is wanted."),
+        ([read, None], "a NoneType stands where a list of sessions is wanted."),
+        ("ab", "a str stands where a list of sessions is wanted."),
+        ([], "there is no session."),
+    ):
+        with pytest.raises(SessionError) as caught:
+            full.step(wrong, [1, 2])
+        assert str(caught.value) == f"step: {told}\n  {STEP_MEND}"
+    with pytest.raises(SessionError) as caught:
+        full.step([read, full.session()], [[1], [2]])
+    assert str(caught.value) == f"step: a list of tokens stands where one token of a session is wanted.\n  {STEP_MEND}"
+    assert len(read) == 3
+
+
+@pytest.mark.parametrize("count", [1.0, 1.5, "1", None, True, torch.tensor([1, 2])])
+def test_a_rollback_by_what_is_no_whole_number_changes_nothing(duo, count):
+    base = duo.session()
+    base.prefill(some_ids(40, VOCABULARY))
+    for session in (base, base.fork()):
+        session.prefill([5, 6, 7])
+        for call in (session.rollback, session.can_rollback):
+            with pytest.raises(SessionError) as caught:
+                call(count)
+            assert str(caught.value) == f"rollback: {count!r} is not a whole number.\n  Give how many tokens to take back."
+        twin = duo.session()
+        twin.prefill(some_ids(40, VOCABULARY))
+        twin.prefill([5, 6, 7])
+        assert torch.equal(session.step(9), twin.step(9))
+
+
+def test_any_whole_number_is_taken_back(full):
+    session = full.session()
+    session.prefill([1, 2, 3, 4])
+    session.rollback(torch.tensor(1))
+    assert session.tokens == [1, 2, 3]
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_what_holds_stores_is_neither_copied_nor_pickled(full, way):
+    session = full.session()
+    with pytest.raises(SessionError) as caught:
+        way(session)
+    assert str(caught.value).startswith("session: it can be neither copied nor pickled.\n  Call fork()")
+    with pytest.raises(SessionError, match=r"^compiled model: it can be neither copied nor pickled\."):
+        way(full)
+
+
+def test_a_model_shows_itself_in_a_line(full):
+    assert repr(full) == f"CompiledModel({full.name!r}, {len(full.plan.sites)} attention sites, {full.plan.weight_bytes} bytes of weights)"
 
 
 @pytest.mark.parametrize("chunk", [8, 2048])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -392,6 +393,16 @@ def test_streamers_get_every_token(hf: Any) -> None:
         assert words.seen == made[0].tolist() and words.ended
 
 
+def test_stop_strings_end_a_text(original: Any, hf: Any) -> None:
+    tokenizer = toys.byte_tokenizer()
+    words = [tokenizer.decode([token]) for token in generate(original, prompt())[0, prompt().shape[1] :].tolist()]
+    whole = next(word for word in words[2:-1] if word.isascii())  # half a character cannot be looked for
+    asked = {"stop_strings": [whole], "tokenizer": tokenizer}
+    made = generate(hf, prompt(), **asked)
+    assert made.tolist() == generate(original, prompt(), **asked).tolist()
+    assert made.shape[1] < generate(original, prompt()).shape[1]
+
+
 def test_the_text_generation_pipeline(original: Any, hf: Any, caplog: pytest.LogCaptureFixture) -> None:
     from transformers import pipeline
     from transformers.utils import logging
@@ -508,6 +519,9 @@ def test_wrong_masks_and_positions_are_refused(hf: Any) -> None:
         "position_ids: a session's tokens stand at 0, 1, 2 and so on, padding not counted.\n"
         "  Leave them out, or give (attention_mask.cumsum(-1) - 1) of the new tokens."
     )
+    assert error(lambda: hf(ids, attention_mask=torch.zeros_like(mask))) == (
+        "attention_mask: it hides every new token of every row.\n  Give 1 for each token and 0 for padding."
+    )
     assert error(lambda: hf(ids, labels=ids[:, 1:])).startswith("labels: they are of shape [2, 29], the ids of [2, 30].")
 
 
@@ -557,6 +571,8 @@ def test_what_needs_weights_is_refused(hf: Any, tmp_path: Path) -> None:
     for name in ("load_state_dict", "resize_token_embeddings", "set_attn_implementation", "add_adapter", "generate_batch", "push_to_hub"):
         assert error(lambda name=name: getattr(hf, name)(1)).startswith("as_transformers: ")
     assert error(lambda: hf.num_parameters(exclude_embeddings=True)).startswith("num_parameters: ")
+    for way in (copy.copy, copy.deepcopy, pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
+        assert error(lambda way=way: way(hf)).startswith("as_transformers: a compiled model can be neither copied nor pickled.")
 
 
 def test_a_model_of_unknown_origin_has_no_face(hf: Any) -> None:

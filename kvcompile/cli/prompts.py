@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from kvcompile.ir.errors import KvcompileError, Problem
+from kvcompile.ir.texts import surrogate_problem
 
 
 def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
@@ -27,6 +28,9 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
 def _some(text: str, where: str) -> str:
     if not text:
         raise KvcompileError.at(where, "the prompt is empty.", "Give at least one character.")
+    broken = surrogate_problem(text, where)
+    if broken is not None:
+        raise KvcompileError(broken)
     return text
 
 
@@ -56,6 +60,8 @@ def _lines(text: str, prompt_file: str) -> list[str]:
             value = value.get("prompt")
         if isinstance(value, str):
             texts.append(value)
+            broken = surrogate_problem(value, f"{prompt_file}:{number}")
+            problems += [] if broken is None else [broken]
         else:
             problems.append(Problem(f"{prompt_file}:{number}", "is no prompt.", 'Write a JSON string, or an object with "prompt".'))
     if problems:

@@ -36,6 +36,17 @@ def test_every_wrong_line_of_jsonl_is_named(tmp_path: Path) -> None:
     assert str(caught.value.problems[0]).endswith(': is no prompt.\n  Write a JSON string, or an object with "prompt".')
 
 
+def test_half_a_character_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_text('"one"\n"caf\\ud83d ok"\n')
+    with pytest.raises(KvcompileError) as caught:
+        read_prompts(None, str(path))
+    told = f"{path}:2: character 3 is half of a character (a surrogate, U+D83D).\n  Write the whole character, or leave it out."
+    assert str(caught.value) == told
+    with pytest.raises(KvcompileError, match=r"^--prompt: character 1 is half of a character"):
+        read_prompts("a\udcff", None)
+
+
 def test_an_empty_prompt_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("")
     (tmp_path / "empty.jsonl").write_text("\n")
