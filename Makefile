@@ -1,5 +1,6 @@
 # make demo       install into .venv, compile SmolLM2-135M, read a 6000-token text and answer from it
-# make test       every test            make test-fast   those that need no weights and are quick: three minutes
+# make test       every test but of families of models            make test-fast   those that need no weights and are quick: three minutes
+# make test-families   models of many families, made small, compiled and compared with their originals: six minutes
 # make lint       ruff and mypy         make install     .venv only         make clean   .venv and everything built
 # make test-sanitize   the C++ kernels under g++'s address and undefined-behaviour sanitizers: for AVX-512 seven minutes beside other work, and
 #                      the same parts again for each lesser instruction set
@@ -38,7 +39,7 @@ TRANSFORMERS_TESTS := tests/passes tests/models tests/sweep tests/test_compile.p
 	tests/test_generate.py tests/test_plain_models.py tests/test_torch_backend.py tests/test_transformers_cache.py \
 	tests/test_transformers_model.py
 
-.PHONY: demo test test-fast test-sanitize test-triton test-oldest test-transformers lint install clean
+.PHONY: demo test test-fast test-families test-sanitize test-triton test-oldest test-transformers lint install clean
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -69,10 +70,13 @@ $(HNSW): $(STAMP)
 	-$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -e ".[hnsw]" && touch $@
 
 test: $(STAMP) $(GEMMA) $(HNSW)
-	$(BIN)/python -m pytest $(IN_TWO) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_TWO) -m "not families" $(PYTEST_ARGS)
+
+test-families: $(STAMP)
+	$(BIN)/python -m pytest $(IN_TWO) -m families $(PYTEST_ARGS)
 
 test-fast: $(STAMP) $(HNSW)
-	$(BIN)/python -m pytest -m "not slow and not real_model" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not real_model and not families" $(PYTEST_ARGS)
 
 test-sanitize: $(STAMP)
 	$(BIN)/python tests/sanitize/run.py

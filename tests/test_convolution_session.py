@@ -277,6 +277,7 @@ def test_bfloat16_is_verified_and_equals_itself_in_chunks():
 
 
 @pytest.mark.slow
+@pytest.mark.families
 def test_compiled_segments_equal_the_original():
     kvc = kvcompile.compile(model("cca"), spec={"kvcompile": 1, "verify": {"tokens": 16}})
     assert kvc.warnings == ()

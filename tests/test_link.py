@@ -145,6 +145,7 @@ def test_a_dtype_without_a_kernel_is_told_and_runs_in_torch():
 
 
 @pytest.mark.slow  # two or three segments of 10 s
+@pytest.mark.families
 @pytest.mark.parametrize("toy", ["gpt_oss", "gemma2", "nanogpt"])
 def test_compiled_segments_of_other_families(toy):
     """Learnt sinks and experts; soft caps and windows; learnt positions and biases.  Verification reads chunks of 1, 3, 5 and more."""
