@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, precondition, rule, run_state_machine_as_test
@@ -289,6 +289,7 @@ def try_programs(count: int, model: CompiledModel, check: Check, folder: Path, *
     alike = settings.get_profile("default")  # where CI is set hypothesis loads another one
     usual: dict[str, Any] = {"stateful_step_count": 10, "phases": (Phase.generate, Phase.shrink)}
     fixed: dict[str, Any] = {"derandomize": True, "database": None, "deadline": None, "report_multiple_bugs": False}
+    fixed["suppress_health_check"] = [HealthCheck.too_slow]  # other work on the machine is none of its concern
     run_state_machine_as_test(
         lambda: Programs(model, check, folder, done), settings=settings(alike, max_examples=count, **(usual | fixed | chosen))
     )
